@@ -1,0 +1,208 @@
+"""Everything that can be set, as one dataclass: readable from YAML, overridable on the command line, stored in the checkpoint.
+
+Tuples of three are (z, y, x). Defaults are the paper's (MICCAI 2019) and, where it is silent, those of the authors' later code.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Norm = Literal["batch", "instance", "group"]
+Triple = tuple[int, int, int]
+
+
+@dataclass
+class DataConfig:
+    """How CTs and label maps are prepared.
+
+    Attributes:
+        spacing: Voxel size in mm to which everything is resampled.
+        hu_range: Intensities are clipped to this range of HU, then scaled to (HU + 100) / 1000.
+        organs: TG-263 names of the organs to segment; null takes every organ found in the training data.
+        small_organs: Organs that get a heat map and a branch of their own; null applies `small_voxels`.
+        small_voxels: An organ whose mean size in voxels of the original grids is below this is small.
+        roi_scale: Side of an organ's ROI as a multiple of its mean extent, per axis.
+        roi_size: One fixed ROI size in voxels for all small organs; null derives it from `roi_scale`.
+        body_margin_mm: Margin kept around the body when the volume is cropped to it.
+    """
+
+    spacing: tuple[float, float, float] = (2.5, 1.0, 1.0)
+    hu_range: tuple[float, float] = (-1024.0, 3071.0)
+    organs: list[str] | None = None
+    small_organs: list[str] | None = None
+    small_voxels: int = 1000
+    roi_scale: float = 3.0
+    roi_size: Triple | None = None
+    body_margin_mm: float = 10.0
+
+
+@dataclass
+class ModelConfig:
+    """The layout of S-Net, SOL-Net and SOS-Net.
+
+    Attributes:
+        widths: Channels of the SE-residual blocks of each resolution, finest first.
+        downsampling: Stride of the max-pooling in front of every resolution but the finest.
+        stem_kernel: Kernel of the first convolution and of the first SE-residual block.
+        dilated_blocks: Number of SE-residual blocks with in-plane dilation 2 before DenseASPP.
+        aspp_dilations: One dilation per DenseASPP branch; an empty list leaves DenseASPP out.
+        aspp_growth: Channels each branch adds.
+        aspp_bottleneck: Channels of each branch's 1x1x1 convolution.
+        se_reduction: Squeeze-excite's hidden layer has channels / se_reduction units.
+        norm: Normalisation of every block.
+        sos_input: "features" pools decoder and encoder features, image and heat map; "raw" pools the image only.
+        sos_width: Channels of the blocks of an SOS branch.
+    """
+
+    widths: list[list[int]] = field(default_factory=lambda: [[32], [48, 64]])
+    downsampling: list[Triple] = field(default_factory=lambda: [(1, 2, 2)])
+    stem_kernel: Triple = (1, 3, 3)
+    dilated_blocks: int = 2
+    aspp_dilations: list[Triple] = field(default_factory=lambda: [(1, 3, 3), (1, 6, 6), (1, 12, 12), (1, 18, 18)])
+    aspp_growth: int = 32
+    aspp_bottleneck: int = 64
+    se_reduction: int = 4
+    norm: Norm = "batch"
+    sos_input: Literal["features", "raw"] = "features"
+    sos_width: int = 32
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses.
+
+    Attributes:
+        gamma: Focusing exponent of the focal loss (equation 1).
+        alpha: Focal weight of the background and of every organ; null is inverse to mean organ size.
+        dice_weight: Weight of the generalized dice loss (equation 2) beside the focal loss.
+        smooth: Added to numerator and denominator of every dice ratio, in voxels.
+        heatmap_sigma_mm: Standard deviation of the Gaussian heat maps.
+        heatmap_weight: Weight of the heat maps' squared error when all parts train together.
+        sos_weight: Weight of the small organs' branches when all parts train together.
+    """
+
+    gamma: float = 2.0
+    alpha: list[float] | None = None
+    dice_weight: float = 1.0
+    smooth: float = 1.0
+    heatmap_sigma_mm: float = 5.0
+    heatmap_weight: float = 2.0
+    sos_weight: float = 1.0
+
+
+@dataclass
+class StageConfig:
+    """One stage of training.
+
+    Attributes:
+        epochs: Number of epochs; 0 skips the stage.
+        optimizer: "sgd" has momentum 0.9.
+        lr: Peak learning rate.
+        weight_decay: L2 penalty.
+        warmup: Epochs over which the learning rate rises exponentially to `lr`.
+        schedule: "step" multiplies the rate by `decay` after each of `milestones`; "cosine" lets it fall to zero.
+        milestones: Fractions of `epochs`.
+        decay: Factor of the "step" schedule.
+    """
+
+    epochs: int = 300
+    optimizer: Literal["sgd", "adam"] = "adam"
+    lr: float = 4e-4
+    weight_decay: float = 5e-4
+    warmup: int = 0
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: list[float] = field(default_factory=lambda: [1 / 3, 2 / 3])
+    decay: float = 0.25
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of a training crop.
+
+    Attributes:
+        rotation_deg: Largest rotation about the z, y and x axis.
+        zoom: Largest relative change of size along z, y and x.
+        noise_hu: Largest standard deviation of added noise.
+        shift_hu: Largest shift of all intensities.
+        mirror: Mirror left and right in half of the crops, swapping the labels of paired organs.
+    """
+
+    rotation_deg: tuple[float, float, float] = (10.0, 5.0, 5.0)
+    zoom: tuple[float, float, float] = (0.1, 0.2, 0.2)
+    noise_hu: float = 10.0
+    shift_hu: float = 20.0
+    mirror: bool = False
+
+
+def _snet_stage() -> StageConfig:
+    return StageConfig(epochs=600, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=5, decay=0.1)
+
+
+def _sos_stage() -> StageConfig:
+    return StageConfig(epochs=300, lr=2e-4, weight_decay=1e-4, milestones=[])
+
+
+def _joint_stage() -> StageConfig:
+    return StageConfig(epochs=100, lr=1e-4, weight_decay=1e-4, milestones=[2 / 3])
+
+
+@dataclass
+class TrainConfig:
+    """Training: S-Net, then SOL-Net, then SOS-Net, each with what came before fixed, then all of it end to end.
+
+    Attributes:
+        crop: Size in voxels of training crops and of prediction windows.
+        batch_size: Crops per step.
+        steps_per_epoch: Steps per epoch; 0 shows every training case once.
+        organ_crops: Share of crops that are centred near a randomly chosen organ.
+        validation: Share of the cases held out to choose the checkpoint; at least one.
+        validation_cases: Names of the held-out cases; null draws them.
+        validate_every: Epochs between validations; the last epoch of a stage is always validated.
+        seed: Seed of everything random.
+        workers: Processes that load data; 0 loads in the training process.
+        amp: Compute in bfloat16 where that is safe.
+    """
+
+    crop: Triple = (40, 192, 192)
+    batch_size: int = 1
+    steps_per_epoch: int = 0
+    organ_crops: float = 0.5
+    validation: float = 0.15
+    validation_cases: list[str] | None = None
+    validate_every: int = 10
+    seed: int = 0
+    workers: int = 2
+    amp: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    snet: StageConfig = field(default_factory=_snet_stage)
+    sol: StageConfig = field(default_factory=StageConfig)
+    sos: StageConfig = field(default_factory=_sos_stage)
+    joint: StageConfig = field(default_factory=_joint_stage)
+
+
+@dataclass
+class PredictConfig:
+    """Prediction.
+
+    Attributes:
+        overlap: Share by which neighbouring windows overlap along each axis.
+        min_peak: A small organ whose heat map stays below this keeps S-Net's own segmentation.
+    """
+
+    overlap: float = 0.5
+    min_peak: float = 0.2
+
+
+@dataclass
+class Config:
+    """The whole configuration."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers and numbers, as a checkpoint or a YAML file holds them."""
+        return dataclasses.asdict(self)

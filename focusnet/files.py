@@ -1,0 +1,31 @@
+"""Writing files so that no truncated one is ever visible under its final name."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import FocusNetError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` with the same suffixes; on success it replaces `path`, on error it is removed.
+
+    Raises:
+        FocusNetError: the folder or file cannot be written (read-only, disk full), naming `path`.
+    """
+    path = Path(path)
+    # the unique part goes first, so that writers that look at the suffix (.nii.gz) still see it
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise FocusNetError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
