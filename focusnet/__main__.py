@@ -1,0 +1,29 @@
+"""`focusnet COMMAND ...`: the same commands as `python -m focusnet.COMMAND`."""
+
+import importlib
+import sys
+
+from .cli import run
+
+COMMANDS = {
+    "prepare": "check a data set, print the plan, fill the cache",
+    "train": "train all stages",
+    "predict": "segment CTs",
+    "evaluate": "compare two folders of segmentations",
+    "phantom": "make synthetic CTs with their organs",
+    "demo": "all of it on phantoms",
+}
+
+
+def main() -> None:
+    """Dispatch to a command's own `main`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print("usage: focusnet COMMAND [options]\n\ncommands (each has --help):")
+        print("\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items()))
+        sys.exit(0 if sys.argv[1:2] in ([], ["-h"], ["--help"]) else 2)
+    command = sys.argv.pop(1)
+    run(importlib.import_module(f"focusnet.{command}").main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What all commands share: configuration on the command line, one-line errors, exit codes."""
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+
+from .config import Config
+from .errors import FocusNetError
+
+PRESETS = Path(__file__).parent / "presets"
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def command_parser(name: str, arguments: str, description: str) -> ArgumentParser:
+    """A parser for `python -m focusnet.<name> [options] <arguments>` whose help shows defaults."""
+    prog = f"python -m focusnet.{name}"
+    return ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [options] {arguments}",
+        description=description,
+        formatter_class=DefaultHelpFormatter,
+        exit_on_error=False,
+    )
+
+
+def add_config(parser: ArgumentParser) -> None:
+    """Add `--config NAME|FILE` and one option for every setting of `Config`."""
+    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help=f"a YAML file, or the name of a preset: {names}; later options override it"
+    )
+    parser.add_class_arguments(Config, None)
+
+
+def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Parse `argv` (default: the command line); preset names after `--config` stand for their files.
+
+    Raises:
+        FocusNetError: an option or value is wrong.
+    """
+    arguments = [_preset_file(value) for value in (sys.argv[1:] if argv is None else argv)]
+    try:
+        return parser.instantiate_classes(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise FocusNetError(" ".join(str(error).split())) from error
+
+
+def config_of(arguments: Namespace) -> Config:
+    """The configuration among parsed arguments."""
+    return Config(**{section.name: arguments[section.name] for section in fields(Config)})
+
+
+def _preset_file(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    file = PRESETS / f"{value}.yaml"
+    is_preset = option in ("", "--config") and value.isidentifier() and file.is_file() and not Path(value).exists()
+    return f"{option}{equals}{file}" if is_preset else argument
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a command and exit: 0, 2 with one line on an error the user can fix, 130 on Ctrl-C."""
+    try:
+        status = main()
+    except FocusNetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    sys.exit(status)
