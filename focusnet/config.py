@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .errors import FocusNetError
+
 Norm = Literal["batch", "instance", "group"]
 Triple = tuple[int, int, int]
 
@@ -206,3 +208,19 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers and numbers, as a checkpoint or a YAML file holds them."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`; checks names and types.
+
+        Raises:
+            FocusNetError: an unknown setting or a wrong type.
+        """
+        from jsonargparse import ArgumentError, ArgumentParser
+
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "config")
+        try:
+            return parser.instantiate_classes(parser.parse_object({"config": values})).config
+        except ArgumentError as error:
+            raise FocusNetError(f"wrong configuration: {' '.join(str(error).split())}") from error

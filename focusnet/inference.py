@@ -1,0 +1,203 @@
+"""Whole-volume inference: S-Net and SOL-Net in overlapping windows, SOS-Net around the peaks, one label map."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focuskernels import heatmap_argmax_3d, paste_rois_3d
+
+from .config import Triple
+from .model import FocusNet
+
+Box = tuple[Triple, Triple]
+"""Start and size of a window in voxels."""
+
+
+@dataclass
+class Segmentation:
+    """The result for one volume of D x H x W voxels.
+
+    Attributes:
+        labels: (D, H, W) uint8; 0 is the background.
+        confidence: (1 + organs,) mean probability of each label over its voxels; NaN where there are none.
+        peaks: (small organs, 3) voxel coordinates of the heat maps' maxima; empty without SOL-Net.
+        peak_values: (small organs,) heights of these maxima.
+    """
+
+    labels: Tensor
+    confidence: Tensor
+    peaks: Tensor
+    peak_values: Tensor
+
+
+@torch.inference_mode()
+def segment(
+    network: FocusNet,
+    image: Tensor,
+    small_labels: list[int],
+    *,
+    window: Triple,
+    overlap: float,
+    min_peak: float,
+    parts: tuple[str, ...] = ("snet", "sol", "sos"),
+) -> Segmentation:
+    """Segment one volume.
+
+    Args:
+        network: In evaluation mode.
+        image: Normalised intensities (D, H, W) on the network's device.
+        small_labels: Label value of every small organ, in the order of the heat maps.
+        window: Size of the windows in voxels; they shrink to volumes that are smaller.
+        overlap: Share by which neighbouring windows overlap, in [0, 1).
+        min_peak: A small organ whose heat map stays below this keeps S-Net's segmentation.
+        parts: The trained parts; without "sos" the label map is S-Net's.
+    """
+    volume, size = _pad_to_stride(image, window, network.snet.strides)
+    windows = Windows(network, volume, size)
+    probability, heatmaps = windows.average(overlap, with_heatmaps="sol" in parts)
+    shape = tuple(image.shape)
+    peaks = heatmap_argmax_3d(_crop(heatmaps, shape)[None])
+    found = [k for k, height in enumerate(peaks.value[0].tolist()) if "sos" in parts and height >= min_peak]
+    for organ in found:
+        probability[small_labels[organ]] = 0
+    probability = _crop(probability, shape)
+    best, labels = probability.max(dim=0)
+    labels = labels.to(torch.uint8)
+    if found:
+        labels, best = _add_small_organs(windows, labels, best, peaks.index[0], found, small_labels)
+    confidence = torch.stack([best[labels == value].mean() for value in range(len(probability))])
+    return Segmentation(labels, confidence, peaks.index[0], peaks.value[0])
+
+
+class Windows:
+    """Runs the network on windows of one padded volume (D, H, W); the last window's features are kept."""
+
+    def __init__(self, network: FocusNet, volume: Tensor, size: Triple) -> None:
+        self.network, self.volume, self.size = network, volume, size
+        self._last: tuple[Triple, tuple[Tensor, ...]] | None = None
+
+    def run(self, start: Triple):
+        """Image (1, 1, d, h, w), S-Net's output and heat maps of the window at `start`."""
+        if self._last is None or self._last[0] != start:
+            image = _crop_at(self.volume, start, self.size)[None, None]
+            snet = self.network.snet(image)
+            self._last = (start, (image, snet, self.network.locate(snet)))
+        return self._last[1]
+
+    def average(self, overlap: float, with_heatmaps: bool) -> tuple[Tensor, Tensor]:
+        """Class probabilities (C, D, H, W) and heat maps (K or 0, D, H, W), averaged over windows with Gaussian weights."""
+        weight = _importance(self.size, self.volume.device)
+        total = torch.zeros_like(self.volume)
+        sums: list[Tensor] = []
+        for start in _starts(tuple(self.volume.shape), self.size, overlap):
+            _, snet, heatmaps = self.run(start)
+            window = _slices(start, self.size)
+            values = (snet.logits[0].float().softmax(dim=0), heatmaps[0, :None if with_heatmaps else 0].float())
+            if not sums:
+                sums = [v.new_zeros((len(v), *self.volume.shape)) for v in values]
+            for into, value in zip(sums, values, strict=True):
+                into[:, *window].addcmul_(value, weight)
+            total[window] += weight
+        return sums[0].div_(total), sums[1].div_(total)
+
+
+def _add_small_organs(
+    windows: Windows, labels: Tensor, best: Tensor, peaks: Tensor, found: list[int], small_labels: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Paste SOS-Net's segmentations of the organs `found` over `labels`; returns labels and their probabilities."""
+    logits: dict[int, Tensor] = {}
+    sizes = windows.network.roi_sizes
+    for start, organs in _group(peaks, found, sizes, windows.size, tuple(windows.volume.shape)):
+        image, snet, heatmaps = windows.run(start)
+        for organ in organs:
+            center = torch.cat([peaks.new_zeros(1), peaks[organ] - peaks.new_tensor(start)])[None]
+            logits[organ] = windows.network.segment_roi(organ, image, snet, heatmaps, center)[0, 0].float()
+    rois = [logits[organ] for organ in found]
+    classes = torch.tensor([small_labels[organ] for organ in found], device=labels.device)
+    centers = torch.cat([peaks.new_zeros(len(found), 1), peaks[found]], dim=1)
+    pasted = paste_rois_3d(labels[None], rois, centers, classes)[0]
+    best = best.clone()
+    for organ, roi in zip(found, rois, strict=True):
+        inside, in_roi = _roi_overlap(peaks[organ].tolist(), sizes[organ], tuple(labels.shape))
+        won = pasted[inside] == small_labels[organ]
+        best[inside] = torch.where(won, roi.sigmoid()[in_roi], best[inside])
+    return pasted, best
+
+
+def _group(
+    peaks: Tensor, found: list[int], sizes: list[Triple], window: Triple, shape: tuple[int, ...]
+) -> list[tuple[Triple, list[int]]]:
+    """Windows (starts) for SOS-Net, each holding the ROIs of as many organs as fit, so that few windows run again."""
+    groups: list[tuple[list[int], list[int], list[int]]] = []
+    for organ in found:
+        low = [p - n // 2 for p, n in zip(peaks[organ].tolist(), sizes[organ], strict=True)]
+        high = [a + n for a, n in zip(low, sizes[organ], strict=True)]
+        for members, group_low, group_high in groups:
+            new_low, new_high = list(map(min, group_low, low)), list(map(max, group_high, high))
+            if all(b - a <= w for a, b, w in zip(new_low, new_high, window, strict=True)):
+                members.append(organ)
+                group_low[:], group_high[:] = new_low, new_high
+                break
+        else:
+            groups.append(([organ], low, high))
+
+    def start(low: list[int], high: list[int]) -> Triple:
+        z, y, x = (max(0, min((a + b - w) // 2, n - w)) for a, b, w, n in zip(low, high, window, shape, strict=True))
+        return z, y, x
+
+    return [(start(low, high), members) for members, low, high in groups]
+
+
+def _roi_overlap(center: list[int], size: Triple, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The part of an ROI inside the volume, as slices of the volume and of the ROI."""
+    starts = [c - n // 2 for c, n in zip(center, size, strict=True)]
+    low = [max(0, s) for s in starts]
+    high = [min(s + n, limit) for s, n, limit in zip(starts, size, shape, strict=True)]
+    volume = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    roi = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, starts, strict=True))
+    return volume, roi
+
+
+def _pad_to_stride(image: Tensor, window: Triple, strides: list[Triple]) -> tuple[Tensor, Triple]:
+    """Pad the far end with the volume's minimum to a multiple of the total stride; returns volume and window size."""
+    total = [1, 1, 1]
+    for stride in strides:
+        total = [t * s for t, s in zip(total, stride, strict=True)]
+    shape = [-(-n // t) * t for n, t in zip(image.shape, total, strict=True)]
+    d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(window, total, shape, strict=True))
+    padding = [amount for n, m in zip(reversed(image.shape), reversed(shape), strict=True) for amount in (0, m - n)]
+    return F.pad(image, padding, value=float(image.min())), (d, h, w)
+
+
+def _starts(shape: tuple[int, ...], size: Triple, overlap: float) -> list[Triple]:
+    axes = []
+    for n, w in zip(shape, size, strict=True):
+        steps = -(-(n - w) // max(1, int(w * (1 - overlap))))
+        axes.append([round(i * (n - w) / steps) for i in range(steps + 1)] if steps else [0])
+    return [(z, y, x) for z, y, x in product(*axes)]
+
+
+def _importance(size: Triple, device: torch.device) -> Tensor:
+    """Gaussian window weights (d, h, w), standard deviation an eighth of the side: a window knows its middle best."""
+    weight = torch.ones(size, device=device)
+    for axis, n in enumerate(size):
+        x = torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2
+        shape = [1, 1, 1]
+        shape[axis] = n
+        weight = weight * torch.exp(-0.5 * (x / (n / 8)) ** 2).clamp_min(1e-3).view(shape)
+    return weight
+
+
+def _slices(start: Triple, size: Triple) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+
+
+def _crop_at(volume: Tensor, start: Triple, size: Triple) -> Tensor:
+    return volume[_slices(start, size)]
+
+
+def _crop(channels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return channels[:, : shape[0], : shape[1], : shape[2]]

@@ -1,0 +1,103 @@
+"""The losses of the three parts, on a batch of crops."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from focuskernels import focal_dice_loss, heatmap_argmax_3d, roi_gather_3d
+
+from .config import LossConfig
+from .data.crops import Crop
+from .data.plan import Plan
+from .model import FocusNet, SNetOutput
+
+
+def segmentation_loss(logits: Tensor, crop: Crop, alpha: Tensor, config: LossConfig) -> Tensor:
+    """Focal plus generalized dice loss of S-Net (equations 1 to 3); organs nobody contoured in a case are left out of it."""
+    return focal_dice_loss(
+        logits,
+        crop.labels,
+        gamma=config.gamma,
+        alpha=alpha,
+        dice_weight=config.dice_weight,
+        smooth=config.smooth,
+        class_mask=crop.contoured,
+    )
+
+
+def focal_alpha(plan: Plan, config: LossConfig) -> Tensor:
+    """Focal weights of the background and of every organ: as configured, else from the plan."""
+    values = config.alpha or [plan.background_alpha, *(organ.alpha for organ in plan.organs)]
+    if len(values) != len(plan.organs) + 1:
+        raise ValueError(f"loss.alpha has {len(values)} values, expected {len(plan.organs) + 1} (background and organs)")
+    return torch.tensor(values)
+
+
+def gaussian_heatmaps(centers: Tensor, shape: Sequence[int], spacing: Sequence[float], sigma_mm: float) -> Tensor:
+    """Gaussians of height 1 and standard deviation `sigma_mm` (section 2.2 of the paper).
+
+    Args:
+        centers: (N, K, 3) voxel coordinates; NaN gives a map of NaN.
+        shape: (D, H, W).
+        spacing: Voxel size in mm.
+
+    Returns:
+        (N, K, D, H, W).
+    """
+    profiles = []
+    for axis, (size, side) in enumerate(zip(shape, spacing, strict=True)):
+        position = torch.arange(size, device=centers.device, dtype=centers.dtype)
+        distance = (position - centers[..., axis, None]) * side
+        profiles.append(torch.exp(-0.5 * (distance / sigma_mm) ** 2))
+    z, y, x = profiles
+    return z[..., :, None, None] * y[..., None, :, None] * x[..., None, None, :]
+
+
+def heatmap_loss(heatmaps: Tensor, crop: Crop, spacing: Sequence[float], sigma_mm: float) -> Tensor:
+    """Squared error of the heat maps, summed over voxels per Gaussian's volume, averaged over the organs that were contoured.
+
+    Dividing by the Gaussian's volume in voxels, not by the crop's, keeps the loss of order one whatever the crop's size.
+    """
+    target = gaussian_heatmaps(crop.centers, heatmaps.shape[2:], spacing, sigma_mm)
+    known = ~crop.centers.isnan().any(dim=-1)
+    error = (heatmaps.float() - target.nan_to_num()).square().sum(dim=(2, 3, 4))
+    voxel_mm3 = spacing[0] * spacing[1] * spacing[2]
+    gaussian_voxels = (2 * torch.pi) ** 1.5 * sigma_mm**3 / voxel_mm3
+    return (error * known).sum() / (gaussian_voxels * known.sum().clamp_min(1))
+
+
+def sos_loss(network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig) -> Tensor | None:
+    """Mean binary focal plus dice loss of the small organs whose centre lies in the crop; None if there is none."""
+    shape = crop.centers.new_tensor(crop.labels.shape[1:])
+    inside = ((crop.centers >= 0) & (crop.centers <= shape - 1)).all(dim=-1)
+    peaks = heatmap_argmax_3d(heatmaps.detach()).index
+    losses = []
+    for organ, name in enumerate(plan.small_organs):
+        samples = inside[:, organ].nonzero()[:, 0]
+        if len(samples) == 0:
+            continue
+        truth = crop.centers[samples, organ].round().long()
+        centers = _roi_centers(peaks[samples, organ], truth, network.roi_sizes[organ])
+        centers = torch.cat([samples[:, None], centers], dim=1)
+        logits = network.segment_roi(organ, crop.image, snet, heatmaps, centers)
+        mask = (crop.labels == plan.organ_names.index(name) + 1).unsqueeze(1).to(logits.dtype)
+        target = roi_gather_3d([mask], centers, network.roi_sizes[organ]) > 0.5
+        losses.append(
+            focal_dice_loss(
+                logits,
+                target,
+                activation="sigmoid",
+                gamma=config.gamma,
+                dice_weight=config.dice_weight,
+                smooth=config.smooth,
+            )
+        )
+    return torch.stack(losses).mean() if losses else None
+
+
+def _roi_centers(peaks: Tensor, truth: Tensor, roi_size: Sequence[int]) -> Tensor:
+    """The heat map's peak as in prediction; the true centre where the peak is so far off that the organ leaves the ROI."""
+    quarter = peaks.new_tensor([n // 4 for n in roi_size])
+    near = ((peaks - truth).abs() <= quarter).all(dim=1, keepdim=True)
+    return torch.where(near, peaks, truth)

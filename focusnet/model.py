@@ -1,0 +1,185 @@
+"""FocusNet (Gao et al., MICCAI 2019): S-Net segments everything, SOL-Net finds the small organs, SOS-Net segments each of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focuskernels import heatmap_argmax_3d, roi_gather_3d
+from focuskernels.nn import DenseASPP3d, SEResBlock3d
+
+from .config import ModelConfig, Triple
+
+
+class SNetOutput(NamedTuple):
+    """What S-Net computes for images (N, 1, D, H, W).
+
+    Attributes:
+        logits: (N, 1 + organs, D, H, W); class 0 is the background.
+        features: The decoder's last features (N, F, D, H, W), which SOL-Net and SOS-Net read.
+        stem: The first encoder layer's features (N, F, D, H, W).
+    """
+
+    logits: Tensor
+    features: Tensor
+    stem: Tensor
+
+
+class SNet(nn.Module):
+    """SE-residual 3D U-Net with few downsamplings and DenseASPP at the coarsest resolution (section 2.1 of the paper)."""
+
+    def __init__(self, config: ModelConfig, classes: int) -> None:
+        super().__init__()
+        if len(config.widths) != len(config.downsampling) + 1:
+            raise ValueError(
+                f"model.widths lists {len(config.widths)} resolutions, expected one more than the "
+                f"{len(config.downsampling)} entries of model.downsampling"
+            )
+        self.strides = config.downsampling
+        width = config.widths[0][0]
+        self.stem = nn.Conv3d(1, width, config.stem_kernel, padding="same", bias=False)
+        self.encoder = nn.ModuleList()
+        for level, widths in enumerate(config.widths):
+            kernel = config.stem_kernel if level == 0 else (3, 3, 3)
+            blocks = []
+            for out in widths:
+                blocks.append(SEResBlock3d(width, out, kernel, reduction=config.se_reduction, norm=config.norm))
+                width = out
+            self.encoder.append(nn.Sequential(*blocks))
+        self.context, width = _context(config, width)
+        self.decoder = nn.ModuleList()
+        for widths in reversed(config.widths[:-1]):
+            self.decoder.append(SEResBlock3d(width + widths[-1], widths[-1], reduction=config.se_reduction, norm=config.norm))
+            width = widths[-1]
+        self.head = nn.Conv3d(width, classes, 1)
+        self.feature_channels = width
+        self.stem_channels = config.widths[0][-1]
+
+    def forward(self, image: Tensor) -> SNetOutput:
+        """Segment `image` (N, 1, D, H, W); every spatial size works, multiples of the total stride are best."""
+        x = self.encoder[0](self.stem(image))
+        skips = [x]
+        for stride, blocks in zip(self.strides, self.encoder[1:], strict=True):
+            x = blocks(F.max_pool3d(x, stride, ceil_mode=True))
+            skips.append(x)
+        skips.pop()
+        x = self.context(x)
+        for block in self.decoder:
+            skip = skips.pop()
+            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
+            stem, x = skip, block(torch.cat([x, skip], dim=1))
+        return SNetOutput(self.head(x), x, stem)
+
+
+def _context(config: ModelConfig, width: int) -> tuple[nn.Sequential, int]:
+    """In-plane dilated blocks and DenseASPP, and the channels that come out."""
+    layers: list[nn.Module] = [
+        SEResBlock3d(width, width, dilation=(1, 2, 2), reduction=config.se_reduction, norm=config.norm)
+        for _ in range(config.dilated_blocks)
+    ]
+    if config.aspp_dilations:
+        layers.append(
+            DenseASPP3d(
+                width,
+                growth=config.aspp_growth,
+                bottleneck=config.aspp_bottleneck,
+                dilations=config.aspp_dilations,
+                norm=config.norm,
+            )
+        )
+        width += config.aspp_growth * len(config.aspp_dilations)
+    return nn.Sequential(*layers), width
+
+
+class SOLNet(nn.Module):
+    """One Gaussian heat map per small organ from S-Net's last features (section 2.2 of the paper)."""
+
+    def __init__(self, config: ModelConfig, channels: int, organs: int) -> None:
+        super().__init__()
+        block = {"reduction": config.se_reduction, "norm": config.norm}
+        self.blocks = nn.Sequential(SEResBlock3d(channels, channels, **block), SEResBlock3d(channels, channels, **block))
+        self.head = nn.Conv3d(channels, organs, 1)
+        # peaks are rare: starting at probability 0.1 keeps the background from dominating the first steps
+        nn.init.constant_(self.head.bias, -2.19)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, F, D, H, W) -> heat maps (N, organs, D, H, W) between 0 and 1."""
+        return self.head(self.blocks(features)).sigmoid()
+
+
+class SOSBranch(nn.Module):
+    """The binary segmentation of one small organ inside its ROI (section 2.3 of the paper)."""
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        super().__init__()
+        width, block = config.sos_width, {"reduction": config.se_reduction, "norm": config.norm}
+        self.blocks = nn.Sequential(SEResBlock3d(channels, width, **block), SEResBlock3d(width, width, **block))
+        self.head = nn.Conv3d(width, 1, 1)
+
+    def forward(self, roi: Tensor) -> Tensor:
+        """(K, channels, d, h, w) -> logits (K, 1, d, h, w)."""
+        return self.head(self.blocks(roi))
+
+
+class FocusNetOutput(NamedTuple):
+    """What FocusNet computes for images (N, 1, D, H, W).
+
+    Attributes:
+        snet: S-Net's output.
+        heatmaps: (N, small organs, D, H, W).
+        peaks: Arg-max of every heat map (N, small organs, 3) in voxels.
+        roi_logits: One tensor (N, 1, d, h, w) per small organ, around its peak.
+    """
+
+    snet: SNetOutput
+    heatmaps: Tensor
+    peaks: Tensor
+    roi_logits: list[Tensor]
+
+
+class FocusNet(nn.Module):
+    """S-Net, SOL-Net and one SOS-Net branch per small organ.
+
+    Args:
+        config: The layout.
+        organs: Number of organs, small ones included.
+        roi_sizes: One ROI size (d, h, w) in voxels per small organ.
+    """
+
+    def __init__(self, config: ModelConfig, organs: int, roi_sizes: Sequence[Triple]) -> None:
+        super().__init__()
+        self.sos_input = config.sos_input
+        self.roi_sizes = [(d, h, w) for d, h, w in roi_sizes]
+        self.snet = SNet(config, organs + 1)
+        channels = 1
+        if config.sos_input == "features":
+            channels += self.snet.feature_channels + self.snet.stem_channels + 1
+        self.sol = SOLNet(config, self.snet.feature_channels, len(self.roi_sizes)) if self.roi_sizes else None
+        self.sos = nn.ModuleList(SOSBranch(config, channels) for _ in self.roi_sizes)
+
+    def forward(self, image: Tensor) -> FocusNetOutput:
+        """Run all three parts on `image` (N, 1, D, H, W); gradients flow through the pooled features."""
+        snet = self.snet(image)
+        heatmaps = self.locate(snet)
+        peaks = heatmap_argmax_3d(heatmaps).index
+        logits = []
+        for organ in range(len(self.sos)):
+            samples = torch.arange(len(image), device=image.device)
+            centers = torch.cat([samples[:, None], peaks[:, organ]], dim=1)
+            logits.append(self.segment_roi(organ, image, snet, heatmaps, centers))
+        return FocusNetOutput(snet, heatmaps, peaks, logits)
+
+    def locate(self, snet: SNetOutput) -> Tensor:
+        """Heat maps (N, small organs, D, H, W); without small organs that tensor is empty."""
+        if self.sol is None:
+            return snet.logits[:, :0]
+        return self.sol(snet.features)
+
+    def segment_roi(self, organ: int, image: Tensor, snet: SNetOutput, heatmaps: Tensor, centers: Tensor) -> Tensor:
+        """Logits (K, 1, d, h, w) of small organ number `organ` around `centers` (K, 4) = (sample, z, y, x)."""
+        sources = [image]
+        if self.sos_input == "features":
+            sources = [snet.features, snet.stem, image, heatmaps[:, organ : organ + 1]]
+        return self.sos[organ](roi_gather_3d(sources, centers, self.roi_sizes[organ]))
