@@ -41,10 +41,14 @@ class CropDataset(Dataset[Crop]):
         cases: The cases to draw from.
         config: The configuration.
         length: Number of crops per epoch; item `i` belongs to epoch `i // length`.
+        focus: The organs near which `train.organ_crops` of the crops lie.
     """
 
-    def __init__(self, plan: Plan, cache: Path, cases: list[CaseRecord], config: Config, length: int) -> None:
+    def __init__(
+        self, plan: Plan, cache: Path, cases: list[CaseRecord], config: Config, length: int, focus: list[str]
+    ) -> None:
         self.plan, self.cache, self.cases, self.config, self.length = plan, cache, cases, config, length
+        self.focus = focus
         self.mirrored_labels = _mirrored_labels(plan) if config.train.augment.mirror else None
 
     def __len__(self) -> int:
@@ -56,7 +60,8 @@ class CropDataset(Dataset[Crop]):
         rng = np.random.default_rng([self.config.train.seed, 1, epoch, position])
         image, labels = load_case(self.cache, case)
         size, spacing = self.config.train.crop, self.plan.spacing
-        center = _crop_center(case, size, self.config.train.organ_crops, rng)
+        organs = [name for name in case.organs if name in self.focus]
+        center = _crop_center(case, organs, size, self.config.train.organ_crops, rng)
         to_source = _random_affine(self.config.train.augment, spacing, rng)
         hu, label = cut(image, labels, center, to_source, size, fill=self.config.data.hu_range[0])
         hu = _change_intensity(hu, self.config.train.augment, rng)
@@ -135,15 +140,17 @@ def _padded_box(array: np.ndarray, low: np.ndarray, high: np.ndarray, fill: floa
     return box
 
 
-def _crop_center(case: CaseRecord, size: tuple[int, int, int], organ_share: float, rng: np.random.Generator) -> np.ndarray:
-    """Middle of a crop in voxels: near a random organ or anywhere, inside the volume as far as the volume is large enough."""
+def _crop_center(
+    case: CaseRecord, organs: list[str], size: tuple[int, int, int], organ_share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Middle of a crop in voxels: near one of `organs` or anywhere, inside the volume as far as that is large enough."""
     shape, extent = np.array(case.shape, dtype=float), np.array(size, dtype=float)
     middle = (shape - 1) / 2
     room = np.maximum(shape - extent, 0) / 2
-    near_organ = rng.random() < organ_share and bool(case.organs)
+    near_organ = rng.random() < organ_share and bool(organs)
     spread = rng.uniform(-1, 1, 3)
     if near_organ:
-        organ = case.organs[rng.integers(len(case.organs))]
+        organ = organs[rng.integers(len(organs))]
         center = np.array(case.centers[organ]) + spread * extent / 4
     else:
         center = middle + spread * room

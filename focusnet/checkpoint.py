@@ -1,0 +1,82 @@
+"""Checkpoints: weights, configuration and plan in one file that loads without executing code."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config
+from .data.plan import Plan
+from .errors import FocusNetError
+from .files import atomic_write
+from .model import FocusNet
+
+FORMAT = 1
+
+
+@dataclass
+class Model:
+    """A network with everything prediction needs.
+
+    Attributes:
+        network: The network.
+        config: Its configuration.
+        plan: The plan of the data it was trained on: organs, ROI sizes, spacing.
+        parts: The parts trained so far, of "snet", "sol", "sos".
+    """
+
+    network: FocusNet
+    config: Config
+    plan: Plan
+    parts: tuple[str, ...]
+
+    @property
+    def small_labels(self) -> list[int]:
+        """Label value of every small organ, in the order of the heat maps."""
+        return [self.plan.organ_names.index(name) + 1 for name in self.plan.small_organs]
+
+
+def build_network(config: Config, plan: Plan) -> FocusNet:
+    """A network with fresh weights for the organs of `plan`."""
+    sizes = [organ.roi_size for organ in plan.organs if organ.small and organ.roi_size is not None]
+    return FocusNet(config.model, len(plan.organs), sizes)
+
+
+def save_checkpoint(path: Path, model: Model, training: dict[str, Any]) -> None:
+    """Write `model` and the state of training (tensors, numbers, strings and containers of them) atomically."""
+    state = {
+        "format": FORMAT,
+        "config": model.config.to_dict(),
+        "plan": model.plan.to_dict(),
+        "parts": list(model.parts),
+        "weights": model.network.state_dict(),
+        "training": training,
+    }
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+    """Read a checkpoint; only tensors and plain data are unpickled.
+
+    Raises:
+        FocusNetError: `path` is missing, truncated or not a checkpoint of FocusNet.
+    """
+    if not path.is_file():
+        raise FocusNetError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise FocusNetError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise FocusNetError(f"{path}: not a FocusNet checkpoint of format {FORMAT}")
+    try:
+        config, plan = Config.from_dict(state["config"]), Plan.from_dict(state["plan"])
+        network = build_network(config, plan).to(device)
+        network.load_state_dict(state["weights"])
+        model = Model(network, config, plan, tuple(state["parts"]))
+        training = state["training"]
+    except (KeyError, TypeError, ValueError, RuntimeError, FocusNetError) as error:
+        raise FocusNetError(f"{path}: damaged checkpoint: {str(error).splitlines()[0]}") from error
+    return model, training

@@ -1,0 +1,341 @@
+"""`python -m focusnet.train SOURCE --out RUN`: the paper's stages in one command.
+
+S-Net; then SOL-Net with S-Net fixed, its norm statistics too; then SOS-Net with both fixed; then all parts end to end.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .checkpoint import Model, build_network, load_checkpoint, save_checkpoint
+from .cli import add_config, command_parser, config_of, parse, run
+from .config import Config, StageConfig
+from .data.crops import Crop, CropDataset
+from .data.plan import CaseRecord, Plan
+from .errors import FocusNetError
+from .files import atomic_write
+from .losses import focal_alpha, heatmap_loss, segmentation_loss, sos_loss
+from .prepare import prepare
+from .validation import Validation, validate
+
+STAGES = ("snet", "sol", "sos", "joint")
+TRAINED = {"snet": ("snet",), "sol": ("sol",), "sos": ("sos",), "joint": ("snet", "sol", "sos")}
+AVAILABLE = {"snet": ("snet",), "sol": ("snet", "sol"), "sos": ("snet", "sol", "sos"), "joint": ("snet", "sol", "sos")}
+
+
+@dataclass
+class State:
+    """Where training stands; stored in every checkpoint.
+
+    Attributes:
+        stage: Name of the current stage.
+        epoch: Finished epochs of that stage.
+        best: Best validation score so far.
+        seconds: Training time so far.
+        history: One entry per finished epoch.
+    """
+
+    stage: str = STAGES[0]
+    epoch: int = 0
+    best: float = -1.0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains one model in the folder `out`: `last.pt` after every epoch, `best.pt` by validation, `history.json`.
+
+    Args:
+        model: What to train.
+        cache: The prepared data.
+        out: Folder of the run.
+        device: Where to compute.
+        console: Where to report.
+    """
+
+    def __init__(self, model: Model, cache: Path, out: Path, device: torch.device, console: Console) -> None:
+        self.model, self.cache, self.out, self.device, self.console = model, cache, out, device, console
+        self.config = model.config.train
+        self.training_cases, self.validation_cases = split_cases(model.plan, model.config)
+        self.alpha = focal_alpha(model.plan, model.config.loss).to(device)
+        self.state = State()
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch."""
+        return self.config.steps_per_epoch or math.ceil(len(self.training_cases) / self.config.batch_size)
+
+    def resume(self, training: dict[str, Any]) -> None:
+        """Go on from the state that a checkpoint holds."""
+        self.state = State(**training["state"])
+        if training["optimizer"] is not None:
+            self._start_stage(self.state.stage)
+            assert self.optimizer is not None
+            self.optimizer.load_state_dict(training["optimizer"])
+
+    def run(self) -> None:
+        """Train what is left of all stages."""
+        for stage in STAGES[STAGES.index(self.state.stage) :]:
+            settings: StageConfig = getattr(self.config, stage)
+            if not settings.epochs or (stage != "snet" and not self.model.plan.small_organs):
+                continue
+            if stage != self.state.stage or self.optimizer is None:
+                self.state.stage, self.state.epoch = stage, 0
+                self._start_stage(stage)
+            while self.state.epoch < settings.epochs:
+                self._epoch(stage, settings)
+
+    def _start_stage(self, stage: str) -> None:
+        """Set gradients, norm statistics and the optimizer for the trained parts alone."""
+        settings: StageConfig = getattr(self.config, stage)
+        parameters: list[nn.Parameter] = []
+        for name in ("snet", "sol", "sos"):
+            part = getattr(self.model.network, name)
+            if part is not None:
+                part.requires_grad_(name in TRAINED[stage])
+                parameters += [p for p in part.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(parameters, settings)
+        self.model.parts = AVAILABLE[stage]
+
+    def _epoch(self, stage: str, settings: StageConfig) -> None:
+        started, epoch = time.monotonic(), self.state.epoch
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, epoch)
+        loss = self._train_epoch(stage, epoch, settings)
+        entry: dict[str, Any] = {"stage": stage, "epoch": epoch + 1, "loss": loss, "lr": learning_rate(settings, epoch)}
+        self.state.epoch += 1
+        result = self._validate(stage) if self._validates(settings) else None
+        if result is not None:
+            entry |= result.to_dict()
+        seconds = time.monotonic() - started
+        self.state.seconds += seconds
+        self.state.history.append(entry)
+        self._report(stage, settings, entry, seconds, result)
+        self._save(result)
+
+    def _train_epoch(self, stage: str, epoch: int, settings: StageConfig) -> float:
+        network, optimizer = self.model.network, self.optimizer
+        assert optimizer is not None
+        network.eval()
+        for name in TRAINED[stage]:
+            getattr(network, name).train()
+        total, count = 0.0, 0
+        for crop in self._batches(stage, epoch, f"{stage} {epoch + 1}/{settings.epochs}"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+                loss = self._loss(stage, crop)
+            if loss is None:
+                continue
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FocusNetError(
+                    f"the loss became {value} in stage {stage}, epoch {epoch + 1}; lower train.{stage}.lr or go on from "
+                    f"{self.out / 'last.pt'} with --resume"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total, count = total + value, count + 1
+        return total / count if count else math.nan
+
+    def _loss(self, stage: str, crop: Crop) -> Tensor | None:
+        network, plan, config = self.model.network, self.model.plan, self.model.config.loss
+        with torch.set_grad_enabled("snet" in TRAINED[stage]):
+            snet = network.snet(crop.image)
+        if stage == "snet":
+            return segmentation_loss(snet.logits, crop, self.alpha, config)
+        with torch.set_grad_enabled("sol" in TRAINED[stage]):
+            heatmaps = network.locate(snet)
+        if stage == "sos":
+            return sos_loss(network, crop, snet, heatmaps, plan, config)
+        located = heatmap_loss(heatmaps, crop, plan.spacing, config.heatmap_sigma_mm)
+        if stage == "sol":
+            return located
+        loss = segmentation_loss(snet.logits, crop, self.alpha, config) + config.heatmap_weight * located
+        small = sos_loss(network, crop, snet, heatmaps, plan, config)
+        return loss if small is None else loss + config.sos_weight * small
+
+    def _batches(self, stage: str, epoch: int, title: str) -> Iterator[Crop]:
+        """The crops of one epoch, on the device, with a progress bar."""
+        focus = self.model.plan.organ_names if stage == "snet" else self.model.plan.small_organs
+        size, length = self.config.batch_size, self.steps * self.config.batch_size
+        # every epoch of every stage has crops of its own
+        first = (STAGES.index(stage) * 1_000_000 + epoch) * length
+        dataset = CropDataset(self.model.plan, self.cache, self.training_cases, self.model.config, length, focus)
+        loader = DataLoader(
+            dataset,
+            size,
+            sampler=range(first, first + length),
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        with _progress(self.console) as progress:
+            for crop in progress.track(loader, total=self.steps, description=title):
+                yield Crop(*(tensor.to(self.device, non_blocking=True) for tensor in crop))
+
+    def _validates(self, settings: StageConfig) -> bool:
+        return self.state.epoch % self.config.validate_every == 0 or self.state.epoch == settings.epochs
+
+    def _validate(self, stage: str) -> Validation:
+        self.model.network.eval()
+        return validate(self.model, self.cache, self.validation_cases, self.device)
+
+    def _report(
+        self, stage: str, settings: StageConfig, entry: dict[str, Any], seconds: float, result: Validation | None
+    ) -> None:
+        left = seconds * (settings.epochs - self.state.epoch)
+        score = f"  validation DSC {result.score:.3f}" if result is not None else ""
+        self.console.print(
+            f"{stage} {entry['epoch']}/{settings.epochs}  loss {entry['loss']:.4f}  lr {entry['lr']:.2g}  "
+            f"{seconds:.0f} s  stage ends in {_duration(left)}{score}",
+            highlight=False,
+        )
+        if result is not None:
+            self.console.print(result.table())
+
+    def _save(self, result: Validation | None) -> None:
+        best = result is not None and result.score >= self.state.best
+        if best and result is not None:
+            self.state.best = result.score
+        training = {"state": vars(self.state), "optimizer": self.optimizer.state_dict() if self.optimizer else None}
+        if best:
+            save_checkpoint(self.out / "best.pt", self.model, {"state": vars(self.state), "optimizer": None})
+        save_checkpoint(self.out / "last.pt", self.model, training)
+        with atomic_write(self.out / "history.json") as temporary:
+            temporary.write_text(json.dumps(self.state.history, indent=1))
+
+
+def split_cases(plan: Plan, config: Config) -> tuple[list[CaseRecord], list[CaseRecord]]:
+    """Training and validation cases: as named in the configuration, else a seeded draw."""
+    named, cases = config.train.validation_cases, plan.cases
+    if named is None:
+        count = max(1, round(config.train.validation * len(cases)))
+        order = np.random.default_rng(config.train.seed).permutation(len(cases))
+        named = [cases[i].name for i in order[:count]]
+    unknown = set(named) - {case.name for case in cases}
+    if unknown:
+        raise FocusNetError(f"train.validation_cases: no case named {', '.join(sorted(unknown))}")
+    training = [case for case in cases if case.name not in named]
+    if not training:
+        raise FocusNetError(f"no case is left to train on: {len(cases)} in all, {len(named)} held out for validation")
+    return training, [case for case in cases if case.name in named]
+
+
+def learning_rate(settings: StageConfig, epoch: int) -> float:
+    """The learning rate of an epoch (counted from 0): warm-up, then steps or half a cosine."""
+    if epoch < settings.warmup:
+        return settings.lr * math.exp(-5 * (1 - (epoch + 1) / (settings.warmup + 1)) ** 2)
+    if settings.schedule == "cosine":
+        done = (epoch - settings.warmup) / max(1, settings.epochs - settings.warmup)
+        return settings.lr * (1 + math.cos(math.pi * done)) / 2
+    passed = sum(epoch >= milestone * settings.epochs for milestone in settings.milestones)
+    return settings.lr * settings.decay**passed
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: StageConfig) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+    return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def start_training(
+    source: Path, out: Path, config: Config, *, cache: Path | None = None, resume: bool = False, device: torch.device
+) -> None:
+    """Prepare `source`, then train in `out`; what the command does.
+
+    Args:
+        source: Folder of cases with CTs and organs.
+        out: Folder of the run; must not hold another run unless `resume`.
+        config: The configuration; a resumed run keeps its own.
+        cache: Folder of the prepared data; default `out`/cache.
+        resume: Go on from `out`/last.pt.
+        device: Where to compute.
+    """
+    console, last, cache = Console(), out / "last.pt", cache or out / "cache"
+    if last.exists() and not resume:
+        raise FocusNetError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+    training = None
+    if resume:
+        model, training = load_checkpoint(last, device)
+        plan = prepare(source, cache, model.config.data)
+        if plan.fingerprint != model.plan.fingerprint:
+            raise FocusNetError(f"{source} has changed since {last} was written; train anew with another --out")
+    else:
+        plan = prepare(source, cache, config.data)
+        torch.manual_seed(config.train.seed)
+        model = Model(build_network(config, plan).to(device), config, plan, ())
+    trainer = Trainer(model, cache, out, device, console)
+    if training is not None:
+        trainer.resume(training)
+    names = ", ".join(case.name for case in trainer.validation_cases)
+    console.print(
+        f"{len(trainer.training_cases)} training cases, validation on {names}; {len(plan.organs)} organs, "
+        f"{len(plan.small_organs)} of them small; {sum(p.numel() for p in model.network.parameters()):,} parameters",
+        highlight=False,
+    )
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        saved = f"{last} holds the last finished epoch; go on with --resume" if last.exists() else "no epoch was finished"
+        console.print(f"stopped: {saved}")
+        raise
+    console.print(f"done: best validation DSC {trainer.state.best:.3f}, {out / 'best.pt'}")
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
+        raise FocusNetError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = command_parser("train", "SOURCE --out RUN", "Train S-Net, SOL-Net, SOS-Net, then all of them end to end.")
+    parser.add_argument("source", type=Path, help="folder of cases, each with a CT and its organs (docs/data.md)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run: last.pt, best.pt, history.json")
+    parser.add_argument("--cache", type=Path, default=None, help="folder for the prepared data (default: OUT/cache)")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its own configuration")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add_config(parser)
+    arguments: Namespace = parse(parser, argv)
+    start_training(
+        arguments.source,
+        arguments.out,
+        config_of(arguments),
+        cache=arguments.cache,
+        resume=arguments.resume,
+        device=pick_device(arguments.device),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,92 @@
+"""Validation during training: the evaluation's scores on the prepared grid, and how well the small organs were located."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from .checkpoint import Model
+from .data.crops import load_case
+from .data.plan import CaseRecord
+from .data.preprocess import normalize
+from .evaluate import OrganScore, TableRow, evaluate_pair, format_table, summarize
+from .inference import Segmentation, segment
+
+
+@dataclass
+class Validation:
+    """Scores of all validation cases.
+
+    Attributes:
+        score: Mean over organs of the mean DSC over cases; chooses the checkpoint.
+        rows: One row per organ and the means.
+    """
+
+    score: float
+    rows: list[TableRow]
+
+    def table(self) -> Table:
+        """The table for the terminal, small organs apart."""
+        return format_table(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the history: the score and every organ's mean DSC."""
+        return {"score": self.score, "dsc": {row.organ: row.dsc.mean for row in self.rows if row.group != "mean"}}
+
+
+def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.device) -> Validation:
+    """Segment and score prepared cases; `model.network` must be in evaluation mode."""
+    scores: list[OrganScore] = []
+    for case in cases:
+        hu, labels = load_case(cache, case)
+        intensities = normalize(torch.from_numpy(hu.astype(np.float32)), model.config.data)
+        result = segment(
+            model.network,
+            intensities.to(device),
+            model.small_labels,
+            window=model.config.train.crop,
+            overlap=model.config.predict.overlap,
+            min_peak=model.config.predict.min_peak,
+            parts=model.parts,
+        )
+        scores += _score(model, case, np.asarray(labels), result)
+    rows = summarize(scores, model.plan.small_organs)
+    means = [row.dsc.mean for row in rows if row.group != "mean" and row.dsc.mean is not None]
+    return Validation(float(np.mean(means)) if means else 0.0, rows)
+
+
+def _score(model: Model, case: CaseRecord, labels: np.ndarray, result: Segmentation) -> list[OrganScore]:
+    found = result.labels.cpu().numpy()
+    names = {value: name for value, name in enumerate(model.plan.organ_names, start=1) if name in case.organs}
+    truth = {name: labels == value for value, name in names.items()}
+    prediction = {name: found == value for value, name in names.items()}
+    scores = evaluate_pair(truth, prediction, model.plan.spacing, case=case.name)
+    if "sol" not in model.parts:
+        return scores
+    peaks = dict(zip(model.plan.small_organs, result.peaks.cpu().numpy(), strict=True))
+    sizes = dict(zip(model.plan.small_organs, model.network.roi_sizes, strict=True))
+    return [
+        dataclasses.replace(
+            score,
+            localisation_mm=_distance_mm(peaks[score.organ], case.centers[score.organ], model.plan.spacing),
+            inside_roi=_inside(truth[score.organ], peaks[score.organ], sizes[score.organ]),
+        )
+        if score.organ in peaks and score.organ in case.centers
+        else score
+        for score in scores
+    ]
+
+
+def _distance_mm(peak: np.ndarray, center: tuple[float, float, float], spacing: tuple[float, float, float]) -> float:
+    return float(np.linalg.norm((peak - np.array(center)) * np.array(spacing)))
+
+
+def _inside(mask: np.ndarray, peak: np.ndarray, size: tuple[int, int, int]) -> bool:
+    """Whether the ROI around `peak` holds every voxel of `mask`."""
+    start = peak - np.array(size) // 2
+    voxels = np.argwhere(mask)
+    return bool(len(voxels) and (voxels >= start).all() and (voxels < start + np.array(size)).all())
