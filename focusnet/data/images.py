@@ -1,0 +1,456 @@
+"""Images and label maps on disk and in memory: reading, writing and resampling with their whole geometry.
+
+Arrays and the shape and spacing of a grid are ordered (z, y, x); origin and direction are SimpleITK's (x, y, z), LPS, in mm.
+"""
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import numpy as np
+
+from ..errors import FocusNetError
+from ..files import atomic_write
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+WRITE_SUFFIXES = (".nii.gz", ".nrrd", ".mha")
+_MHA_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4,
+              "LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}  # fmt: skip
+_INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the voxels of a volume lie.
+
+    Attributes:
+        shape: Voxels along (z, y, x).
+        spacing: Voxel size in mm along (z, y, x).
+        origin: Position (x, y, z) in mm of the centre of the first voxel, LPS.
+        direction: The 9 cosines of SimpleITK's direction matrix, row by row; its columns belong to x, y, z.
+    """
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel in mm3."""
+        return float(np.prod(self.spacing))
+
+    def matches(self, other: "Grid", tolerance: float = 1e-3) -> bool:
+        """Whether both have the same voxels, up to `tolerance` (mm, or direction cosine)."""
+        return not self.difference(other, tolerance)
+
+    def difference(self, other: "Grid", tolerance: float = 1e-3) -> str:
+        """What differs between the grids, in words; empty if they match."""
+        if self.shape != other.shape:
+            return f"shape {self.shape} against {other.shape}"
+        for name in ("spacing", "origin", "direction"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not np.allclose(mine, theirs, rtol=0, atol=tolerance):
+                return f"{name} {_short(mine)} against {_short(theirs)}"
+        return ""
+
+    def point(self, voxel: Iterable[float]) -> np.ndarray:
+        """Position (x, y, z) in mm of fractional voxel coordinates (z, y, x)."""
+        steps = np.array(tuple(voxel))[::-1] * np.array(self.spacing)[::-1]
+        return np.array(self.origin) + np.reshape(self.direction, (3, 3)) @ steps
+
+
+@dataclass
+class Volume:
+    """Voxel values (z, y, x) and where they lie."""
+
+    array: np.ndarray
+    grid: Grid
+
+
+def read_image(path: Path) -> Volume:
+    """Read a CT: a NRRD, NIfTI or MetaImage file, or a folder with a DICOM series (the CT series with the most slices).
+
+    Returns:
+        HU as int16, or as float32 where the file holds fractions or values that int16 cannot.
+
+    Raises:
+        FocusNetError: the file is unreadable, truncated or not a 3D scalar image, has NaN or infinite voxels or a singular
+            direction; a DICOM folder holds no CT, or its slices have gaps.
+    """
+    path = Path(path)
+    with _quiet(), _explained(path):
+        image = _read_series(path) if path.is_dir() else _read_file(path)
+        values = _values(image)
+        return Volume(_as_hu(values, path), _grid_of(image, path))
+
+
+def read_labels(path: Path) -> Volume:
+    """Read a label map (z, y, x): uint8, or uint16 if a label is above 255.
+
+    Raises:
+        FocusNetError: as `read_image`, or the values are no whole numbers from 0 to 65535.
+    """
+    path = Path(path)
+    with _quiet(), _explained(path):
+        image = _read_file(path)
+        values = _values(image)
+        return Volume(_as_labels(values, path), _grid_of(image, path))
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of an image or label file, from its header alone; of a DICOM folder by reading it.
+
+    Raises:
+        FocusNetError: as `read_image`.
+    """
+    import SimpleITK as sitk
+
+    path = Path(path)
+    if path.is_dir():
+        return read_image(path).grid
+    _check_name(path)
+    with _quiet(), _explained(path):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        size, spacing = reader.GetSize(), reader.GetSpacing()
+        dimension = reader.GetDimension()
+        if dimension != 3:
+            return read_image(path).grid
+        return _checked_grid(size, spacing, reader.GetOrigin(), reader.GetDirection(), path)
+
+
+def write_labels(path: Path, array: np.ndarray, grid: Grid) -> None:
+    """Write a label map (z, y, x) atomically and compressed; ".nii.gz", ".nrrd" or ".mha" in the name chooses the format.
+
+    Booleans and labels up to 255 are stored as uint8, others as uint16.
+
+    Raises:
+        FocusNetError: the file cannot be written, or its suffix is unknown.
+        ValueError: `array` does not have the grid's shape, or holds anything but labels from 0 to 65535.
+    """
+    import SimpleITK as sitk
+
+    path = Path(path)
+    if not path.name.endswith(WRITE_SUFFIXES):
+        raise FocusNetError(f"cannot write {path}: expected a name ending in {', '.join(WRITE_SUFFIXES)}")
+    if array.shape != grid.shape:
+        raise ValueError(f"labels of shape {array.shape} on a grid of shape {grid.shape}")
+    if array.dtype.kind not in "bui" or (array.size and not 0 <= array.min() <= array.max() <= 65535):
+        raise ValueError(f"labels must be integers from 0 to 65535, got {array.dtype}")
+    image = _to_itk(array.astype(np.uint16 if array.size and array.max() > 255 else np.uint8, copy=False), grid)
+    with atomic_write(path) as temporary, _quiet():
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+        except RuntimeError as error:
+            raise FocusNetError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def resample(volume: Volume, grid: Grid, *, labels: bool = False, fill: float = 0) -> Volume:
+    """Sample `volume` at the voxels of `grid`: linearly, or nearest with `labels`; outside of the volume is `fill`.
+
+    Returns:
+        A volume of the same dtype; integers are rounded.
+    """
+    import SimpleITK as sitk
+
+    if volume.grid == grid:
+        return volume
+    dtype = volume.array.dtype
+    source = _to_itk(volume.array, volume.grid)
+    image = sitk.Resample(
+        source,
+        grid.shape[::-1],
+        sitk.Transform(3, sitk.sitkIdentity),
+        sitk.sitkNearestNeighbor if labels else sitk.sitkLinear,
+        grid.origin,
+        grid.spacing[::-1],
+        grid.direction,
+        float(fill),
+        # ITK truncates interpolated integers towards zero, so these are rounded here instead
+        source.GetPixelID() if labels else sitk.sitkFloat32,
+    )
+    values = sitk.GetArrayViewFromImage(image)
+    return Volume(values.astype(dtype) if labels or dtype.kind == "f" else np.rint(values).astype(dtype), grid)
+
+
+def resampled_grid(grid: Grid, spacing: tuple[float, float, float]) -> Grid:
+    """A grid of the given spacing (z, y, x; mm) with the same centre and orientation that covers `grid`.
+
+    It reaches over the volume by less than half a voxel on each side.
+    """
+    extent = np.array(grid.shape) * np.array(grid.spacing)
+    shape = np.maximum(np.ceil(extent / np.array(spacing) - 1e-3), 1).astype(int)
+    if tuple(shape) == grid.shape and np.allclose(spacing, grid.spacing, rtol=0, atol=1e-6):
+        return grid
+    # voxel of the old grid in whose coordinates the first voxel of the new grid lies
+    first = (extent - (shape - 1) * np.array(spacing)) / (2 * np.array(grid.spacing)) - 0.5
+    return Grid(_triple(shape.tolist()), _triple(map(float, spacing)), _triple(grid.point(first).tolist()), grid.direction)
+
+
+def cropped_grid(grid: Grid, box: tuple[slice, slice, slice]) -> Grid:
+    """The grid of `array[box]`."""
+    start = [side.start or 0 for side in box]
+    shape = [len(range(*side.indices(size))) for side, size in zip(box, grid.shape, strict=True)]
+    return Grid(_triple(shape), grid.spacing, _triple(grid.point(start).tolist()), grid.direction)
+
+
+def _triple(values: Iterable[Any]) -> tuple[Any, Any, Any]:
+    z, y, x = values
+    return z, y, x
+
+
+def _short(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
+
+
+def _to_itk(array: np.ndarray, grid: Grid) -> "sitk.Image":
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(array.view(np.uint8) if array.dtype == bool else array)
+    image.SetSpacing(grid.spacing[::-1])
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    return image
+
+
+def _values(image: "sitk.Image") -> np.ndarray:
+    import SimpleITK as sitk
+
+    return cast(np.ndarray, sitk.GetArrayViewFromImage(image))
+
+
+def _as_hu(values: np.ndarray, path: Path) -> np.ndarray:
+    if values.dtype.kind == "f":
+        _check_finite(values, path)
+        return values.astype(np.float32)
+    fits = _INT16.min <= values.min() and values.max() <= _INT16.max
+    return values.astype(np.int16 if fits else np.float32)
+
+
+def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:
+    if values.dtype.kind == "f":
+        _check_finite(values, path)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise FocusNetError(f"{path} is no label map: its values reach from {low:g} to {high:g}, expected 0 to 65535")
+    labels = values.astype(np.uint8 if high <= 255 else np.uint16)
+    if values.dtype.kind == "f" and not np.array_equal(labels, values):
+        raise FocusNetError(f"{path} is no label map: it holds fractions, expected whole numbers")
+    return labels
+
+
+def _check_finite(values: np.ndarray, path: Path) -> None:
+    bad = values.size - np.count_nonzero(np.isfinite(values))
+    if bad:
+        raise FocusNetError(f"{path} has {bad} NaN or infinite voxels of {values.size}, expected numbers")
+
+
+def _grid_of(image: "sitk.Image", path: Path) -> Grid:
+    return _checked_grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection(), path)
+
+
+def _checked_grid(size: Any, spacing: Any, origin: Any, direction: Any, path: Path) -> Grid:
+    geometry = np.array([*spacing, *origin, *direction])
+    if not np.isfinite(geometry).all() or min(spacing) <= 0:
+        raise FocusNetError(f"{path} has spacing {_short(spacing)} and origin {_short(origin)}, expected finite lengths in mm")
+    determinant = np.linalg.det(np.reshape(direction, (3, 3)))
+    if abs(abs(determinant) - 1) > 1e-2:
+        raise FocusNetError(f"{path} has a direction matrix of determinant {determinant:.3g}, expected a rotation")
+    return Grid(_triple(size[::-1]), _triple(spacing[::-1]), _triple(origin), tuple(direction))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep ITK's warnings (harmless rounding of NIfTI headers and the like) off stderr."""
+    import SimpleITK as sitk
+
+    before = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(before)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the readers' exceptions into one line that names the file."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise FocusNetError(f"cannot read {path}: {_reason(error)}") from error
+    except MemoryError as error:
+        raise FocusNetError(f"cannot read {path}: it does not fit into memory") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    return re.sub(r"^(\[nrrd\]\s*\w+:\s*|(itk::|sitk::|ITK )?ERROR:\s*(\w+\(0x[0-9a-f]+\):\s*)?)", "", last)
+
+
+def _check_name(path: Path) -> None:
+    if not path.exists():
+        raise FocusNetError(f"cannot read {path}: no such file")
+    if not path.name.lower().endswith(SUFFIXES):
+        hint = "; give the folder of a DICOM series, not a slice" if path.suffix.lower() in ("", ".dcm", ".ima") else ""
+        raise FocusNetError(f"cannot read {path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")
+
+
+def _read_file(path: Path) -> "sitk.Image":
+    import SimpleITK as sitk
+
+    _check_name(path)
+    _check_complete(path)
+    image = sitk.ReadImage(str(path))
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        image = image[:, :, :, 0]
+    channels = image.GetNumberOfComponentsPerPixel()
+    if image.GetDimension() != 3 or channels != 1:
+        shape = "x".join(map(str, image.GetSize()))
+        raise FocusNetError(f"{path} is {image.GetDimension()}D ({shape}) with {channels} channels, expected 3D with 1")
+    return image
+
+
+def _check_complete(path: Path) -> None:
+    """Catch truncated files where ITK reads zeros instead (NIfTI) or prints to stderr (MetaImage)."""
+    name = path.name.lower()
+    if name.endswith(".nii.gz"):
+        try:
+            with gzip.open(path) as file:
+                _check_nifti(path, cast(BinaryIO, file))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise FocusNetError(f"cannot read {path}: the compressed data is truncated or damaged") from error
+    elif name.endswith(".nii"):
+        with path.open("rb") as file:
+            _check_nifti(path, file)
+    elif name.endswith(".mha"):
+        with path.open("rb") as file:
+            _check_mha(path, file)
+
+
+def _check_nifti(path: Path, file: BinaryIO) -> None:
+    header = file.read(348)
+    order = "<" if header[:4] == b"\x5c\x01\0\0" else ">"
+    if len(header) < 348 or int.from_bytes(header[:4], "little" if order == "<" else "big") != 348:
+        if header[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c"):  # NIfTI-2, which ITK reads by itself
+            return
+        raise FocusNetError(f"cannot read {path}: its NIfTI header is truncated or damaged")
+    dims = np.frombuffer(header, f"{order}i2", 8, 40).astype(np.int64)
+    bits = int(np.frombuffer(header, f"{order}i2", 1, 72)[0])
+    offset = int(np.frombuffer(header, f"{order}f4", 1, 108)[0])
+    expected = max(offset, 348) + int(np.prod(np.maximum(dims[1 : 1 + max(dims[0], 0)], 1))) * bits // 8
+    found = len(header)
+    while chunk := file.read(1 << 20):  # to the end, so that gzip's checksum is verified too
+        found += len(chunk)
+    if found < expected:
+        raise FocusNetError(f"cannot read {path}: truncated, {found} bytes of {expected}")
+
+
+def _check_mha(path: Path, file: BinaryIO) -> None:
+    fields: dict[str, str] = {}
+    while "ElementDataFile" not in fields:
+        line = file.readline(4096)
+        if b"=" not in line:
+            raise FocusNetError(f"cannot read {path}: its MetaImage header is truncated or damaged")
+        name, _, value = line.decode("latin-1").partition("=")
+        fields[name.strip()] = value.strip()
+    if fields["ElementDataFile"] != "LOCAL":
+        return
+    try:
+        voxels = int(np.prod([int(n) for n in fields["DimSize"].split()])) * int(fields.get("ElementNumberOfChannels", 1))
+        size = _MHA_BYTES[fields["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
+        compressed = fields.get("CompressedData", "False") == "True"
+        expected = int(fields.get("CompressedDataSize", 0)) if compressed else voxels * size
+    except (KeyError, ValueError) as error:
+        raise FocusNetError(f"cannot read {path}: its MetaImage header is damaged near {error}") from error
+    found = path.stat().st_size - file.tell()
+    if found < expected:
+        raise FocusNetError(f"cannot read {path}: truncated, {found} bytes of voxels, expected {expected}")
+
+
+def _read_series(folder: Path) -> "sitk.Image":
+    """The CT series with the most slices among the DICOM files of a folder."""
+    import SimpleITK as sitk
+
+    best: tuple[str, ...] = ()
+    modalities = set()
+    for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+        modality = _dicom_tags(files[0]).get("0008|0060", "unknown")
+        modalities.add(modality)
+        if modality == "CT" and len(files) > len(best):
+            best = files
+    if not best:
+        found = f"only {', '.join(sorted(modalities))}" if modalities else "no DICOM files"
+        raise FocusNetError(f"cannot read {folder}: it holds {found}, expected the slices of a CT series")
+    files = _sorted_slices(folder, best) if len(best) > 1 else list(best)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    image = reader.Execute()
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or image.GetSize()[2] < 2:
+        raise FocusNetError(f"{folder} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices")
+    return image
+
+
+def _dicom_tags(file: str) -> dict[str, str]:
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    reader.ReadImageInformation()
+    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
+
+
+def _sorted_slices(folder: Path, files: Iterable[str]) -> list[str]:
+    """The files in order of position along the slice normal, if these positions are evenly spaced."""
+    positions, names = [], []
+    for file in files:
+        tags = _dicom_tags(file)
+        try:
+            position = [float(v) for v in tags["0020|0032"].split("\\")]
+            axes = np.array([float(v) for v in tags["0020|0037"].split("\\")]).reshape(2, 3)
+        except (KeyError, ValueError) as error:
+            raise FocusNetError(f"cannot read {file}: no image position or orientation, expected a CT slice") from error
+        positions.append(np.array(position))
+        names.append(file)
+        if len(names) == 1:
+            first = axes
+        elif not np.allclose(axes, first, atol=1e-3):
+            raise FocusNetError(f"cannot read {folder}: the slices are not parallel ({file})")
+    normal = np.cross(first[0], first[1])
+    along = np.array(positions) @ normal
+    order = np.argsort(along, kind="stable")
+    along = along[order]
+    steps = np.diff(along)
+    spacing = float(np.median(steps))
+    if spacing < 1e-3 or steps.min() < 1e-3:
+        at = along[int(np.argmin(steps))]
+        raise FocusNetError(f"cannot read {folder}: two slices lie at the same position, {at:.2f} mm along the normal")
+    uneven = np.abs(steps - spacing) > max(0.02 * spacing, 0.01)
+    if uneven.any():
+        at = int(np.argmax(uneven))
+        raise FocusNetError(
+            f"cannot read {folder}: slices are missing or uneven between {along[at]:.2f} and {along[at + 1]:.2f} mm "
+            f"along the normal (a step of {steps[at]:.2f} mm, {spacing:.2f} mm elsewhere)"
+        )
+    shift = positions[order[-1]] - positions[order[0]]
+    drift = float(np.linalg.norm(shift - (shift @ normal) * normal))
+    if drift > 1.0:
+        raise FocusNetError(
+            f"cannot read {folder}: each slice is shifted in its plane ({drift:.1f} mm from first to last, a tilted gantry); "
+            "resample it to an upright grid first"
+        )
+    return [names[index] for index in order]
