@@ -1,0 +1,47 @@
+"""Where each heat map has its maximum: the step from SOL-Net's maps to SOS-Net's regions of interest."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .reference import heatmap_argmax3d as reference
+
+
+class HeatmapPeaks(NamedTuple):
+    """Maxima of N x K heat maps; coordinates in voxels, ordered (z, y, x)."""
+
+    index: Tensor  #: (N, K, 3) int64
+    value: Tensor  #: (N, K), the heat maps' dtype
+    center: Tensor  #: (N, K, 3) float32
+
+
+def heatmap_argmax_3d(heatmaps: Tensor, *, subvoxel: bool = False) -> HeatmapPeaks:
+    """Position and value of the maximum of every channel of a stack of 3D heat maps.
+
+    Args:
+        heatmaps: (N, K, D, H, W), floating point, D, H, W > 0. N and K may be 0.
+        subvoxel: refine `center` along each axis by the parabola through the logarithms of the peak and its
+            two neighbours, which is exact for a Gaussian. The shift is limited to half a voxel; an axis on
+            which the peak touches the border, or one of the three values is not positive and finite, keeps
+            the index.
+
+    Returns:
+        HeatmapPeaks(index, value, center). Of equal maxima the first in (z, y, x) order is taken; a NaN
+        counts as larger than any number, as in `torch.argmax`. `value` and the refined `center` are
+        differentiable in `heatmaps`.
+
+    Raises:
+        TypeError: `heatmaps` is not a floating-point tensor.
+        ValueError: it is not five-dimensional or a spatial size is 0.
+    """
+    _check(heatmaps)
+    return HeatmapPeaks(*reference.forward(heatmaps, subvoxel))
+
+
+def _check(heatmaps: Tensor) -> None:
+    if not isinstance(heatmaps, Tensor):
+        raise TypeError(f"heatmaps must be a tensor, got {type(heatmaps).__name__}")
+    if not heatmaps.is_floating_point():
+        raise TypeError(f"heatmaps must be floating point, got {heatmaps.dtype}")
+    if heatmaps.dim() != 5 or 0 in heatmaps.shape[2:]:
+        raise ValueError(f"heatmaps must be (N, K, D, H, W) with D, H, W > 0, got {tuple(heatmaps.shape)}")
