@@ -146,9 +146,11 @@ def _same_grid(path: Path, found: Grid, expected: Grid | None) -> Grid:
 
 
 def _binary(array: np.ndarray, path: Path) -> np.ndarray:
-    mask = array != 0
     top = int(array.max())
-    if top and not np.array_equal(mask, array == top):
+    if top <= 1 and array.dtype == np.uint8:
+        return array.view(np.bool_)
+    mask = array == top
+    if np.count_nonzero(array) != np.count_nonzero(mask):
         raise FocusNetError(f"{path} is no binary mask: it holds several labels up to {top}")
     return mask
 

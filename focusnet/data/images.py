@@ -238,6 +238,8 @@ def _as_hu(values: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values.copy()
     if values.dtype.kind == "f":
         _check_finite(values, path)
     low, high = values.min(), values.max()

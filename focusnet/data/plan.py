@@ -1,0 +1,154 @@
+"""What was measured on the training data and derived from it: organs, small organs, ROI sizes, loss weights, cases."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Triple
+from ..errors import FocusNetError
+from ..files import atomic_write
+
+FloatTriple = tuple[float, float, float]
+
+
+@dataclass
+class OrganPlan:
+    """One organ; means are over the cases in which it is contoured. Triples are (z, y, x).
+
+    Attributes:
+        name: TG-263 name.
+        cases: Number of cases that have it.
+        volume_mm3: Mean volume.
+        voxels: Mean number of voxels on the original grids.
+        diameter_mm: Diameter of the sphere of that volume.
+        extent_mm: Mean side of its bounding box along z, y, x of the image axes.
+        small: Whether SOL-Net and SOS-Net take care of it.
+        roi_size: Size of a small organ's ROI in prepared voxels; None for the other organs.
+        alpha: Weight in the focal loss.
+    """
+
+    name: str
+    cases: int
+    volume_mm3: float
+    voxels: float
+    diameter_mm: float
+    extent_mm: FloatTriple
+    small: bool
+    roi_size: Triple | None
+    alpha: float
+
+
+@dataclass
+class CaseRecord:
+    """One prepared case; coordinates are voxels (z, y, x) of the prepared grid.
+
+    Attributes:
+        name: Name of the case.
+        shape: Shape of the prepared arrays.
+        organs: Organs contoured in this case.
+        centers: Centre of mass of every contoured organ.
+        voxels: Voxels of every contoured organ in the prepared label map.
+    """
+
+    name: str
+    shape: Triple
+    organs: list[str]
+    centers: dict[str, FloatTriple]
+    voxels: dict[str, int]
+
+
+@dataclass
+class Plan:
+    """The plan of a data set.
+
+    Attributes:
+        spacing: Voxel size of the prepared volumes in mm (z, y, x).
+        background_alpha: Weight of the background in the focal loss.
+        organs: All organs to segment; the label value of each is its position + 1.
+        cases: All prepared cases.
+        fingerprint: Identifies configuration and source files.
+    """
+
+    spacing: FloatTriple
+    background_alpha: float
+    organs: list[OrganPlan]
+    cases: list[CaseRecord] = field(default_factory=list)
+    fingerprint: str = ""
+
+    @property
+    def organ_names(self) -> list[str]:
+        """Names in the order of the label values 1, 2, ..."""
+        return [organ.name for organ in self.organs]
+
+    @property
+    def small_organs(self) -> list[str]:
+        """Names of the small organs, in the order of the heat maps."""
+        return [organ.name for organ in self.organs if organ.small]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, strings and numbers, as JSON or a checkpoint holds them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Plan":
+        """The plan of `to_dict`, also after a round trip through JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: `content` is no plan.
+        """
+        return cls(
+            spacing=_floats(content["spacing"]),
+            background_alpha=float(content["background_alpha"]),
+            organs=[_organ(organ) for organ in content["organs"]],
+            cases=[case_record(case) for case in content["cases"]],
+            fingerprint=str(content["fingerprint"]),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read `save`'s JSON.
+
+        Raises:
+            FocusNetError: the file is absent or no plan.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise FocusNetError(f"cannot read the plan {path}: {error.strerror or error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise FocusNetError(f"{path} is no plan of focusnet.prepare ({error})") from error
+
+
+def case_record(content: dict[str, Any]) -> CaseRecord:
+    """A case's record from plain containers."""
+    return CaseRecord(
+        name=str(content["name"]),
+        shape=_ints(content["shape"]),
+        organs=[str(name) for name in content["organs"]],
+        centers={str(name): _floats(center) for name, center in content["centers"].items()},
+        voxels={str(name): int(count) for name, count in content["voxels"].items()},
+    )
+
+
+def _organ(content: dict[str, Any]) -> OrganPlan:
+    roi_size = content["roi_size"]
+    return OrganPlan(
+        **{**content, "extent_mm": _floats(content["extent_mm"]), "roi_size": None if roi_size is None else _ints(roi_size)}
+    )
+
+
+def _floats(values: Any) -> FloatTriple:
+    z, y, x = values
+    return float(z), float(y), float(x)
+
+
+def _ints(values: Any) -> Triple:
+    z, y, x = values
+    return int(z), int(y), int(x)
