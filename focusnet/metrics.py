@@ -1,7 +1,7 @@
 """Agreement of two masks of one organ: Dice, 95 % Hausdorff distance, centres and volumes.
 
-Masks are arrays (z, y, x) of one shape, bool or numbers (everything but 0 is organ); spacings are (z, y, x) in mm.
-docs/metrics.md gives the definitions and how they compare with those of other packages.
+Masks are arrays (z, y, x) of one shape, bool or numbers (everything but 0 is organ); spacings are (z, y, x)
+in mm. docs/metrics.md gives the definitions and how they compare with those of other packages.
 """
 
 from collections.abc import Sequence
@@ -51,10 +51,10 @@ def dice(truth: Mask, prediction: Mask) -> float:
 def hausdorff95(truth: Mask, prediction: Mask, spacing: Sequence[float]) -> float:
     """95 % Hausdorff distance in mm: the larger of the two directed 95th percentiles of surface distances.
 
-    A mask's surface is its voxels with at least one 6-neighbour outside the mask; beyond the array's border is outside.
-    Each surface voxel's distance runs from its centre to the centre of the nearest surface voxel of the other mask
-    (exact, anisotropic). Percentiles interpolate linearly. If one mask is empty the result is the penalty
-    `volume_diagonal(truth.shape, spacing)`, so pass whole volumes, not crops; if both are, it is NaN.
+    A mask's surface is its voxels with at least one 6-neighbour outside the mask; beyond the array's border
+    is outside. Each surface voxel's distance runs from its centre to the centre of the nearest surface voxel
+    of the other mask (exact, anisotropic). Percentiles interpolate linearly. If one mask is empty the result
+    is the penalty `volume_diagonal(truth.shape, spacing)`, so pass whole volumes, not crops; if both are, NaN.
 
     Raises:
         ValueError: the shapes differ, or the spacing does not fit them.
@@ -62,7 +62,7 @@ def hausdorff95(truth: Mask, prediction: Mask, spacing: Sequence[float]) -> floa
     _check_shapes(truth, prediction)
     if len(spacing) != truth.ndim:
         raise ValueError(
-            f"spacing {tuple(spacing)} has {len(spacing)} values, masks of shape {truth.shape} need {truth.ndim}"
+            f"spacing {tuple(spacing)} has {len(spacing)} values, shape {truth.shape} needs {truth.ndim}"
         )
     boxes = bounding_box(truth), bounding_box(prediction)
     if boxes[0] is None or boxes[1] is None:

@@ -1,4 +1,4 @@
-"""Dice, 95 % Hausdorff distance, centres and volumes against hand calculations, brute force and other packages."""
+"""Metrics of two masks against hand calculations, brute force and other packages."""
 
 import math
 
@@ -132,7 +132,7 @@ def test_bounding_box() -> None:
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"\(4, 4, 4\) and \(4, 4, 5\)"):
         hausdorff95(np.ones((4, 4, 4)), np.ones((4, 4, 5)), SPACING)
-    with pytest.raises(ValueError, match="need 3"):
+    with pytest.raises(ValueError, match="needs 3"):
         hausdorff95(np.ones((4, 4, 4)), np.ones((4, 4, 4)), (1, 1))
 
 
