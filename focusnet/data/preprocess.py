@@ -1,0 +1,111 @@
+"""From a CT to the network's grid and back.
+
+The prepared grid runs along the patient's axes (z to superior, y to posterior, x to the patient's left, as far as the scan's own
+direction allows), so that left and right organs look the same whatever way a file stores its voxels.
+"""
+
+from itertools import permutations
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import numpy as np
+
+from ..config import DataConfig
+from .images import Grid, Volume, cropped_grid, resample, resampled_grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Box = tuple[slice, slice, slice]
+Array = TypeVar("Array", "np.ndarray", "Tensor")
+
+BODY_HU = -300
+_COARSE_MM = 4.0
+
+
+def body_box(volume: Volume, margin_mm: float = 10.0) -> Box:
+    """The box (z, y, x) of the patient, found from HU alone, with a margin around it.
+
+    The largest connected part above -300 HU on a coarse copy, after an opening that cuts off the couch; the whole volume if
+    there is none.
+    """
+    from scipy import ndimage
+
+    spacing = np.array(volume.grid.spacing)
+    step = np.maximum(1, np.round(_COARSE_MM / spacing).astype(int))
+    tissue = volume.array[:: step[0], :: step[1], :: step[2]] > BODY_HU
+    # padding with True: the erosion must not eat a body that is cut by the volume's faces
+    opened = ndimage.binary_erosion(tissue, border_value=1)
+    parts, count = ndimage.label(opened)
+    if count == 0:
+        return _whole(volume)
+    body = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    body = ndimage.binary_dilation(body, iterations=2, mask=tissue)
+    margin = np.ceil(margin_mm / spacing).astype(int)
+    sides = []
+    for axis, size in enumerate(volume.array.shape):
+        used = np.flatnonzero(body.any(axis=tuple(a for a in range(3) if a != axis)))
+        start = max(0, int(used[0] * step[axis] - margin[axis]))
+        stop = min(size, int((used[-1] + 1) * step[axis] + margin[axis]))
+        sides.append(slice(start, stop))
+    return sides[0], sides[1], sides[2]
+
+
+def reorient(volume: Volume) -> Volume:
+    """The same voxels (a view) ordered along the patient's axes: z to superior, y to posterior, x to the left."""
+    columns = np.reshape(volume.grid.direction, (3, 3))
+    order = max(permutations(range(3)), key=lambda axes: sum(abs(columns[row, axis]) for row, axis in enumerate(axes)))
+    flip = [columns[row, axis] < 0 for row, axis in enumerate(order)]
+    if list(order) == [0, 1, 2] and not any(flip):
+        return volume
+    # `order` and `flip` are along (x, y, z), arrays along (z, y, x)
+    array_order = [2 - order[2], 2 - order[1], 2 - order[0]]
+    array_flip = flip[::-1]
+    array = volume.array.transpose(array_order)
+    array = array[tuple(slice(None, None, -1 if flipped else 1) for flipped in array_flip)]
+    first = [0.0, 0.0, 0.0]
+    for axis, flipped in zip(array_order, array_flip, strict=True):
+        first[axis] = volume.grid.shape[axis] - 1 if flipped else 0
+    signs = np.where(flip, -1.0, 1.0)
+    shape = [volume.grid.shape[axis] for axis in array_order]
+    spacing = [volume.grid.spacing[axis] for axis in array_order]
+    grid = Grid(
+        shape=(shape[0], shape[1], shape[2]),
+        spacing=(spacing[0], spacing[1], spacing[2]),
+        origin=cast(tuple[float, float, float], tuple(volume.grid.point(first).tolist())),
+        direction=tuple((columns[:, list(order)] * signs).ravel().tolist()),
+    )
+    return Volume(array, grid)
+
+
+def prepare_image(volume: Volume, config: DataConfig) -> Volume:
+    """Crop a CT to the body, clip it to `config.hu_range` and resample it linearly to `config.spacing`.
+
+    Returns:
+        int16 HU; its grid is the prepared grid, along the patient's axes.
+    """
+    volume = reorient(volume)
+    box = body_box(volume, config.body_margin_mm)
+    dtype = volume.array.dtype
+    low, high = (dtype.type(limit) for limit in config.hu_range)
+    # clipped first, so that padding at -3024 or metal at 30000 HU does not bleed into its neighbours
+    body = Volume(np.clip(volume.array[box], low, high), cropped_grid(volume.grid, box))
+    prepared = resample(body, resampled_grid(body.grid, config.spacing), fill=float(low))
+    return Volume(np.rint(prepared.array).astype(np.int16, copy=False), prepared.grid)
+
+
+def normalize(hu: Array, config: DataConfig) -> Array:
+    """(clip(HU, hu_range) + 100) / 1000 as float32, of an array or a tensor."""
+    low, high = config.hu_range
+    if isinstance(hu, np.ndarray):
+        return (np.clip(hu.astype(np.float32), low, high) + np.float32(100)) / np.float32(1000)
+    return (hu.float().clamp(low, high) + 100) / 1000
+
+
+def restore_labels(labels: np.ndarray, prepared: Grid, original: Grid) -> np.ndarray:
+    """Labels on the prepared grid -> labels (uint8) on the original grid by nearest neighbour; 0 outside."""
+    return resample(Volume(labels.astype(np.uint8, copy=False), prepared), original, labels=True).array
+
+
+def _whole(volume: Volume) -> Box:
+    z, y, x = volume.array.shape
+    return slice(0, z), slice(0, y), slice(0, x)
