@@ -1,5 +1,8 @@
 """Operations of 3D segmentation of small organs: losses, regions of interest, dilated convolution, norm and SE."""
 
+from .dilated_conv3d import dilated_conv3d
 from .heatmap_argmax3d import HeatmapPeaks, heatmap_argmax_3d
+from .norm_act import norm_act
+from .se_residual import se_residual
 
-__all__ = ["HeatmapPeaks", "heatmap_argmax_3d"]
+__all__ = ["HeatmapPeaks", "dilated_conv3d", "heatmap_argmax_3d", "norm_act", "se_residual"]

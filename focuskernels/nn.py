@@ -1,0 +1,238 @@
+"""Modules over the functions of this package: they hold parameters, the functions compute."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._arguments import triple
+from .dilated_conv3d import dilated_conv3d
+from .norm_act import Activation, Norm, check_names, group_count, norm_act
+from .se_residual import se_residual
+
+__all__ = ["DenseASPP3d", "DilatedConv3d", "NormAct3d", "SEResBlock3d", "SEResidual3d"]
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+class NormAct3d(nn.Module):
+    """Normalisation and activation of (N, C, D, H, W).
+
+    With norm="batch" the state (weight, bias, running_mean, running_var, num_batches_tracked) and its updates are
+    those of `torch.nn.BatchNorm3d`; the other norms hold weight and bias.
+
+    Args:
+        channels: C.
+        norm: "batch", "instance" or "group".
+        num_groups: of "group"; divides C. Default gcd(C, 8).
+        activation: "relu", "leaky_relu" or None.
+        negative_slope: of "leaky_relu".
+        eps: added to the variance.
+        momentum: share of the new statistics in the running ones.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        norm: Norm = "batch",
+        num_groups: int | None = None,
+        activation: Activation | None = "relu",
+        *,
+        negative_slope: float = 0.01,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _require_positive(channels=channels)
+        check_names(norm, activation)
+        self.channels = channels
+        self.norm: Norm = norm
+        self.num_groups = group_count(channels, num_groups) if norm == "group" else None
+        self.activation: Activation | None = activation
+        self.negative_slope = negative_slope
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        tracks = norm == "batch"
+        self.register_buffer("running_mean", torch.zeros(channels) if tracks else None)
+        self.register_buffer("running_var", torch.ones(channels) if tracks else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0) if tracks else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) -> (N, C, D, H, W)."""
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return norm_act(
+            x,
+            self.weight,
+            self.bias,
+            norm=self.norm,
+            num_groups=self.num_groups,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that matter to a reader of the model."""
+        groups = f", num_groups={self.num_groups}" if self.norm == "group" else ""
+        return f"{self.channels}, norm={self.norm}{groups}, activation={self.activation}, eps={self.eps}"
+
+
+class DilatedConv3d(nn.Conv3d):
+    """Stride-1 convolution that keeps the spatial size; parameters and initialisation of `torch.nn.Conv3d`.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        kernel_size: odd, one number or (kd, kh, kw).
+        dilation: one number or (dz, dy, dx).
+        bias: whether to add a bias per output channel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = False,
+    ) -> None:
+        _require_positive(in_channels=in_channels, out_channels=out_channels)
+        kernel = triple(kernel_size, "kernel_size")
+        if any(size % 2 == 0 for size in kernel):
+            raise ValueError(f"kernel sizes must be odd, got {kernel_size}")
+        steps = triple(dilation, "dilation")
+        super().__init__(in_channels, out_channels, kernel, padding="same", dilation=steps, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, D, H, W) -> (N, O, D, H, W)."""
+        return dilated_conv3d(x, self.weight, self.bias, self.dilation)
+
+
+class SEResidual3d(nn.Module):
+    """`residual + x * gate(x)` with a squeeze-and-excitation gate per channel.
+
+    Args:
+        channels: C.
+        reduction: the hidden layer has max(1, C // reduction) units.
+    """
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        _require_positive(channels=channels, reduction=reduction)
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Two tensors (N, C, D, H, W) -> (N, C, D, H, W)."""
+        return se_residual(x, residual, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class SEResBlock3d(nn.Module):
+    """Pre-activation residual block with squeeze-and-excitation (FocusNet, section 2.1).
+
+    norm-ReLU-conv, norm-ReLU-dilated conv, SE; added to the input, or to norm-ReLU-1x1x1 of it where the number of
+    channels changes.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        kernel_size: of both convolutions; odd, one number or (kd, kh, kw).
+        dilation: of the second convolution; one number or (dz, dy, dx).
+        reduction: of the squeeze-and-excitation.
+        norm: "batch", "instance" or "group".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        dilation: int | Sequence[int] = 1,
+        reduction: int = 4,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        self.norm1 = NormAct3d(in_channels, norm)
+        self.conv1 = DilatedConv3d(in_channels, out_channels, kernel_size)
+        self.norm2 = NormAct3d(out_channels, norm)
+        self.conv2 = DilatedConv3d(out_channels, out_channels, kernel_size, dilation)
+        self.se = SEResidual3d(out_channels, reduction)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Sequential(NormAct3d(in_channels, norm), DilatedConv3d(in_channels, out_channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, D, H, W) -> (N, out_channels, D, H, W)."""
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
+        return self.se(h, self.shortcut(x))
+
+
+class DenseASPP3d(nn.Module):
+    """Densely connected atrous spatial pyramid (Yang et al., CVPR 2018; FocusNet, section 2.1).
+
+    Branch i reads the input and the outputs of all branches before it: norm-ReLU-1x1x1(bottleneck),
+    norm-ReLU-dilated 3x3x3(growth). The result concatenates the input and all branches.
+
+    Args:
+        in_channels: channels of the input.
+        growth: channels each branch adds.
+        bottleneck: channels inside a branch.
+        dilations: one number or (dz, dy, dx) per branch.
+        norm: "batch", "instance" or "group".
+
+    Attributes:
+        out_channels: in_channels + growth * len(dilations).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        growth: int = 32,
+        bottleneck: int = 64,
+        dilations: Sequence[int | Sequence[int]] = ((1, 3, 3), (1, 6, 6), (1, 12, 12), (1, 18, 18)),
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        if len(dilations) == 0:
+            raise ValueError("dilations must name at least one branch")
+        channels = in_channels
+        self.branches = nn.ModuleList()
+        for dilation in dilations:
+            self.branches.append(_branch(channels, growth, bottleneck, dilation, norm))
+            channels += growth
+        self.in_channels = in_channels
+        self.out_channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, D, H, W) -> (N, out_channels, D, H, W)."""
+        for branch in self.branches:
+            x = torch.cat([x, branch(x)], dim=1)
+        return x
+
+    def extra_repr(self) -> str:
+        """The numbers of channels."""
+        return f"{self.in_channels}, out_channels={self.out_channels}"
+
+
+def _branch(channels: int, growth: int, bottleneck: int, dilation: int | Sequence[int], norm: Norm) -> nn.Sequential:
+    return nn.Sequential(
+        NormAct3d(channels, norm),
+        DilatedConv3d(channels, bottleneck, 1),
+        NormAct3d(bottleneck, norm),
+        DilatedConv3d(bottleneck, growth, 3, dilation),
+    )

@@ -1,0 +1,97 @@
+"""Batch, instance or group normalisation followed by an activation."""
+
+import math
+from typing import Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+from ._arguments import require_float
+from .reference import norm_act as reference
+
+Norm: TypeAlias = Literal["batch", "instance", "group"]
+Activation: TypeAlias = Literal["relu", "leaky_relu"]
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm: Norm = "batch",
+    num_groups: int | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: Activation | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Normalise `x`, scale and shift each channel, apply the activation.
+
+    Args:
+        x: (N, C, D, H, W), floating point.
+        weight, bias: (C,) or None; the dtype of `x`, or float32 for half-precision `x`.
+        norm: statistics over the batch and all voxels ("batch": Ioffe and Szegedy 2015), over the voxels of one
+            sample and channel ("instance"), or of one sample and group of channels ("group": Wu and He 2018).
+        num_groups: for "group" only; divides C. Default gcd(C, 8).
+        running_mean, running_var: (C,), for "batch" only. With `training` they are updated in place as
+            `torch.nn.BatchNorm3d` does (unbiased variance); without it they are the statistics used.
+        training: for "batch": use the statistics of `x`. The other norms always do.
+        momentum: share of the new statistics in the running ones.
+        activation: "relu", "leaky_relu" or None.
+        negative_slope: of "leaky_relu".
+
+    Returns:
+        (N, C, D, H, W) in the dtype of `x`.
+
+    Raises:
+        TypeError: `x` is not a floating-point tensor.
+        ValueError: an unknown name, shapes that do not fit, missing or unexpected running statistics, or one value
+            only to take statistics from.
+    """
+    _check(x, weight, bias, norm, running_mean, running_var, training)
+    check_names(norm, activation)
+    groups = group_count(x.shape[1], num_groups if norm == "group" else None)
+    return reference.forward(
+        x, weight, bias, norm, groups, running_mean, running_var, training, momentum, eps, activation, negative_slope
+    )
+
+
+def check_names(norm: str, activation: str | None) -> None:
+    """Refuse unknown norms and activations."""
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f"activation must be None or one of {get_args(Activation)}, got {activation!r}")
+
+
+def group_count(channels: int, num_groups: int | None) -> int:
+    """`num_groups` if it divides `channels`; gcd(channels, 8) if it is None."""
+    if num_groups is None:
+        return math.gcd(channels, 8)
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
+    return num_groups
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    require_float(x, "x")
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must be ({x.shape[1]},) for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together")
+    if norm != "batch" and running_mean is not None:
+        raise ValueError(f"running statistics belong to batch norm, got them with norm={norm!r}")
+    if norm == "batch" and not training and running_mean is None:
+        raise ValueError("batch norm without training needs running_mean and running_var")

@@ -1,0 +1,32 @@
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    num_groups: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, then the activation, in the dtype of x."""
+    if norm == "batch":
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    elif norm == "instance":
+        y = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    else:
+        y = F.group_norm(x, num_groups, weight, bias, eps)
+    y = y.to(x.dtype)
+    # In place: the backward of a norm reads its input, never its output.
+    if activation == "relu":
+        return F.relu(y, inplace=True)
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, negative_slope, inplace=True)
+    return y
