@@ -1,0 +1,71 @@
+import subprocess
+import sys
+
+import pytest
+
+from focusnet.cli import add_config, command_parser, config_of, parse
+from focusnet.config import Config
+from focusnet.errors import FocusNetError
+
+
+def config(*arguments: str) -> Config:
+    parser = command_parser("test", "", "A command.")
+    add_config(parser)
+    return config_of(parse(parser, list(arguments)))
+
+
+def test_default_is_the_paper() -> None:
+    assert config() == config("--config", "paper") == Config()
+
+
+def test_options_override_the_preset() -> None:
+    chosen = config("--config", "released", "--model.norm", "group", "--train.snet.epochs", "3")
+    assert chosen.model.downsampling == [(1, 2, 2), (2, 2, 2)]
+    assert chosen.data.roi_size == (8, 64, 64)
+    assert (chosen.model.norm, chosen.train.snet.epochs) == ("group", 3)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "demo", "openkbp"])
+def test_config_survives_a_checkpoint(preset: str) -> None:
+    chosen = config("--config", preset)
+    assert Config.from_dict(chosen.to_dict()) == chosen
+
+
+def test_a_file_of_the_users_own(tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {seed: 7}\n")
+    assert config("--config", str(file)).train.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--train.sed", "3"], "train.sed"),
+        (["--model.norm", "layer"], "layer"),
+        (["--data.spacing", "[1,2]"], "data.spacing"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], named: str) -> None:
+    with pytest.raises(FocusNetError, match=named):
+        config(*arguments)
+
+
+def test_unknown_setting_of_a_checkpoint() -> None:
+    values = Config().to_dict()
+    values["model"]["colour"] = "red"
+    with pytest.raises(FocusNetError, match="colour"):
+        Config.from_dict(values)
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "prepare", "phantom"])
+def test_errors_are_one_line_and_status_2(command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"focusnet.{command}", "--nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_script_lists_its_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "focusnet"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("train", "predict", "evaluate", "prepare", "phantom"))

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from focusnet.config import ModelConfig
+from focusnet.model import FocusNet, SNet
+
+SMALL = dict(aspp_growth=4, aspp_bottleneck=8, sos_width=4, dilated_blocks=1)
+
+
+def small_config(**changes) -> ModelConfig:
+    return ModelConfig(**{"widths": [[4], [8, 8]], **SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("widths", "downsampling"),
+    [
+        ([[4], [8, 8]], [(1, 2, 2)]),
+        ([[4], [8, 8]], [(2, 2, 2)]),
+        ([[4], [8, 8], [8, 8]], [(1, 2, 2), (2, 2, 2)]),
+        ([[4], [8], [8], [8]], [(1, 2, 2), (2, 2, 2), (2, 2, 2)]),
+        ([[4], [8], [8], [8], [8]], [(1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)]),
+    ],
+)
+def test_snet_keeps_the_size_with_one_to_four_downsamplings(widths, downsampling) -> None:
+    network = SNet(small_config(widths=widths, downsampling=downsampling), classes=3)
+    for shape in [(8, 16, 16), (5, 13, 17)]:
+        output = network(torch.randn(2, 1, *shape))
+        assert output.logits.shape == (2, 3, *shape)
+        assert output.features.shape == output.stem.shape == (2, 4, *shape)
+
+
+def test_the_papers_layout() -> None:
+    network = FocusNet(ModelConfig(), organs=9, roi_sizes=[(8, 16, 16)] * 3)
+    convolutions = [m for m in network.snet.modules() if isinstance(m, torch.nn.Conv3d)]
+    dilations = [c.dilation for c in convolutions if c.dilation != (1, 1, 1)]
+    # two blocks with in-plane dilation 2, then the four branches of DenseASPP
+    assert dilations == [(1, 2, 2)] * 2 + [(1, 3, 3), (1, 6, 6), (1, 12, 12), (1, 18, 18)]
+    assert network.snet.context[-1].out_channels == 64 + 4 * 32
+    assert network.snet.head.out_channels == 10
+    first = network.sos[0].blocks[0]
+    assert first.conv1.in_channels == 32 + 32 + 1 + 1
+
+
+def test_bad_layout_is_named() -> None:
+    with pytest.raises(ValueError, match="model.widths lists 1"):
+        SNet(small_config(widths=[[4]]), classes=2)
+
+
+@pytest.mark.parametrize("sos_input", ["features", "raw"])
+def test_gradients_reach_every_part_end_to_end(sos_input: str) -> None:
+    torch.manual_seed(0)
+    network = FocusNet(small_config(sos_input=sos_input), organs=4, roi_sizes=[(4, 6, 6), (3, 5, 7)])
+    output = network(torch.randn(2, 1, 8, 16, 16))
+    assert [tuple(logits.shape) for logits in output.roi_logits] == [(2, 1, 4, 6, 6), (2, 1, 3, 5, 7)]
+    sum(logits.square().sum() for logits in output.roi_logits).backward()
+    reached = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+    # the raw crop alone carries no gradient to what found it
+    assert reached == ({"snet", "sol", "sos"} if sos_input == "features" else {"sos"})
+
+
+def test_roi_logits_belong_to_the_peak() -> None:
+    torch.manual_seed(0)
+    network = FocusNet(small_config(), organs=2, roi_sizes=[(4, 6, 6)]).eval()
+    image = torch.randn(1, 1, 8, 16, 16)
+    output = network(image)
+    peak = output.peaks[0, 0]
+    assert output.heatmaps[0, 0][tuple(peak)] == output.heatmaps[0, 0].max()
+    centers = torch.cat([torch.zeros(1, dtype=peak.dtype), peak])[None]
+    again = network.segment_roi(0, image, output.snet, output.heatmaps, centers)
+    torch.testing.assert_close(again, output.roi_logits[0])
+
+
+def test_without_small_organs_it_is_snet() -> None:
+    network = FocusNet(small_config(), organs=2, roi_sizes=[])
+    output = network(torch.randn(1, 1, 4, 8, 8))
+    assert output.heatmaps.shape == (1, 0, 4, 8, 8) and output.roi_logits == []

@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from focusnet import predict
+from focusnet.checkpoint import Model, build_network, save_checkpoint
+from focusnet.data.images import Grid, read_image, read_labels, write_labels
+from focusnet.errors import FocusNetError
+from focusnet.prepare import prepare
+from tests.tiny import GRID, tiny_config, write_case, write_data
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    root = tmp_path_factory.mktemp("predict")
+    config = tiny_config()
+    plan = prepare(write_data(root / "data", cases=2), root / "cache", config.data)
+    torch.manual_seed(0)
+    model = Model(build_network(config, plan), config, plan, ("snet", "sol", "sos"))
+    save_checkpoint(root / "model.pt", model, {})
+    return root / "model.pt"
+
+
+def run(checkpoint, source, out, *options):
+    return predict.main([str(checkpoint), str(source), "--out", str(out), "--device", "cpu", *options])
+
+
+OBLIQUE = Grid(
+    (14, 24, 26), (3.0, 2.0, 2.0), (10.0, -20.0, 30.0), (0.96, -0.28, 0.0, 0.28, 0.96, 0.0, 0.0, 0.0, 1.0)
+)
+
+
+@pytest.mark.parametrize("grid", [GRID, OBLIQUE], ids=["axial", "oblique"])
+def test_the_mask_lies_on_exactly_the_inputs_grid(checkpoint, tmp_path, grid) -> None:
+    write_case(tmp_path / "case", 5, grid=grid)
+    image = tmp_path / "case" / "img.nrrd"
+    assert run(checkpoint, image, tmp_path / "out") == 0
+    folder = tmp_path / "out" / "img"
+    labels = read_labels(folder / "labels.nii.gz")
+    assert labels.grid.matches(read_image(image).grid)
+    names = json.loads((folder / "labels.json").read_text())
+    assert set(names.values()) == {"Brainstem", "Eye_L", "Eye_R"}
+    assert set(np.unique(labels.array)) <= {0, 1, 2, 3}
+    assert (folder / "qc.png").read_bytes().startswith(b"\x89PNG")
+    stats = json.loads((folder / "statistics.json").read_text())
+    for value, name in names.items():
+        volume = (labels.array == int(value)).sum() * grid.voxel_mm3 / 1000
+        assert stats[name]["volume_cm3"] == pytest.approx(volume, abs=1e-4)
+    assert "heatmap_peak" in stats["Eye_L"] and "heatmap_peak" not in stats["Brainstem"]
+
+
+def test_one_mask_per_organ_adds_up_to_the_label_map(checkpoint, tmp_path) -> None:
+    write_case(tmp_path / "case", 5)
+    run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "one")
+    run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "many", "--per_organ")
+    whole = read_labels(tmp_path / "one" / "img" / "labels.nii.gz").array
+    names = json.loads((tmp_path / "one" / "img" / "labels.json").read_text())
+    for value, name in names.items():
+        mask = read_labels(tmp_path / "many" / "img" / "segmentations" / f"{name}.nii.gz").array
+        assert np.array_equal(mask > 0, whole == int(value))
+
+
+def test_a_folder_of_cases(checkpoint, tmp_path) -> None:
+    write_data(tmp_path / "data", cases=2)
+    run(checkpoint, tmp_path / "data", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["case_0", "case_1"]
+
+
+def test_one_bad_case_does_not_stop_the_others(checkpoint, tmp_path) -> None:
+    write_data(tmp_path / "data", cases=2)
+    whole = (tmp_path / "data" / "case_0" / "img.nrrd").read_bytes()
+    (tmp_path / "data" / "case_0" / "img.nrrd").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FocusNetError, match="case_0"):
+        run(checkpoint, tmp_path / "data", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["case_1"]
+
+
+def test_wrong_inputs_are_named(checkpoint, tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(FocusNetError, match="notes.txt"):
+        run(checkpoint, tmp_path / "notes.txt", tmp_path / "out")
+    with pytest.raises(FocusNetError, match="nowhere"):
+        run(checkpoint, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(FocusNetError, match="no.pt"):
+        run(tmp_path / "no.pt", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_volume_smaller_than_the_window(checkpoint, tmp_path) -> None:
+    small = Grid((3, 9, 10), GRID.spacing, GRID.origin, GRID.direction)
+    write_labels(tmp_path / "small.nii.gz", np.zeros(small.shape, dtype=np.int16), small)
+    run(checkpoint, tmp_path / "small.nii.gz", tmp_path / "out")
+    assert read_labels(tmp_path / "out" / "small" / "labels.nii.gz").grid.matches(small)

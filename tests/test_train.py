@@ -1,0 +1,173 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from focusnet.checkpoint import load_checkpoint
+from focusnet.config import Config, StageConfig
+from focusnet.errors import FocusNetError
+from focusnet.losses import gaussian_heatmaps, heatmap_loss
+from focusnet.train import STAGES, Trainer, learning_rate, split_cases, start_training
+from tests.tiny import tiny_config, write_data
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("train") / "data")
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    start_training(data, out, tiny_config(), device=CPU)
+    return out
+
+
+def weights(path):
+    model, _ = load_checkpoint(path, CPU)
+    return model.network.state_dict()
+
+
+def test_all_stages_run_and_are_recorded(finished) -> None:
+    history = json.loads((finished / "history.json").read_text())
+    assert [entry["stage"] for entry in history] == [stage for stage in STAGES for _ in range(2)]
+    assert all(math.isfinite(entry["loss"]) for entry in history)
+    assert {"score", "dsc"} <= history[-1].keys()
+    assert not list(finished.glob("**/.tmp*"))
+    model, training = load_checkpoint(finished / "last.pt", CPU)
+    assert model.parts == ("snet", "sol", "sos")
+    assert training["state"]["best"] == max(entry.get("score", -1) for entry in history)
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, monkeypatch) -> None:
+    trained = Trainer._train_epoch
+    calls = []
+
+    def stop_in_the_fourth_epoch(self, *arguments):
+        calls.append(arguments[:2])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return trained(self, *arguments)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", stop_in_the_fourth_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            start_training(data, out, tiny_config(), device=CPU)
+    start_training(data, out, Config(), resume=True, device=CPU)
+    expected, found = weights(finished / "last.pt"), weights(out / "last.pt")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    best_expected, best_found = weights(finished / "best.pt"), weights(out / "best.pt")
+    assert all(torch.equal(best_expected[name], best_found[name]) for name in best_expected)
+
+
+def test_kill_minus_9_loses_at_most_one_epoch(data, tmp_path) -> None:
+    out = tmp_path / "killed"
+    program = (
+        "import sys, torch; from pathlib import Path; from tests.tiny import tiny_config; "
+        "from focusnet.train import start_training; "
+        "start_training(Path(sys.argv[1]), Path(sys.argv[2]), tiny_config(), device=torch.device('cpu'))"
+    )
+    running = subprocess.Popen([sys.executable, "-c", program, str(data), str(out)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "last.pt").exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    _, training = load_checkpoint(out / "last.pt", CPU)
+    assert len(training["state"]["history"]) >= 1
+
+
+def test_frozen_parts_do_not_move_nor_do_their_norms(data, tmp_path) -> None:
+    def train(name, **epochs):
+        config = tiny_config()
+        config.model.norm = "batch"
+        for stage in STAGES:
+            getattr(config.train, stage).epochs = epochs.get(stage, 0)
+        start_training(data, tmp_path / name, config, device=CPU)
+        return weights(tmp_path / name / "last.pt")
+
+    snet_only, with_sol, with_sos = train("a", snet=1), train("b", snet=1, sol=1), train("c", snet=1, sol=1, sos=1)
+
+    def changed(before, after):
+        return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+    assert changed(snet_only, with_sol) == {"sol"}
+    assert changed(with_sol, with_sos) == {"sos"}
+
+
+def test_learning_reduces_the_loss(data, tmp_path) -> None:
+    stage = StageConfig(epochs=12, lr=1e-2, weight_decay=0.0)
+    none = StageConfig(epochs=0)
+    config = tiny_config(snet=stage, sol=none, sos=none, joint=none, validate_every=100, crop=(12, 20, 20))
+    start_training(data, tmp_path / "run", config, device=CPU)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history[-1]["loss"] < 0.6 * history[0]["loss"]
+
+
+def test_a_run_is_not_overwritten(data, finished) -> None:
+    with pytest.raises(FocusNetError, match="--resume"):
+        start_training(data, finished, tiny_config(), device=CPU)
+
+
+def test_resume_without_a_run(data, tmp_path) -> None:
+    with pytest.raises(FocusNetError, match="last.pt"):
+        start_training(data, tmp_path / "none", tiny_config(), resume=True, device=CPU)
+
+
+def test_truncated_checkpoint(finished, tmp_path) -> None:
+    whole = (finished / "last.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    for name in ("cut.pt", "text.pt", "other.pt"):
+        with pytest.raises(FocusNetError, match=name):
+            load_checkpoint(tmp_path / name, CPU)
+
+
+def test_validation_cases_are_never_trained_on(finished) -> None:
+    model, _ = load_checkpoint(finished / "last.pt", CPU)
+    training, validation = split_cases(model.plan, model.config)
+    assert len(validation) == 1 and len(training) == 3
+    assert not {c.name for c in training} & {c.name for c in validation}
+    model.config.train.validation_cases = ["nobody"]
+    with pytest.raises(FocusNetError, match="nobody"):
+        split_cases(model.plan, model.config)
+
+
+def test_learning_rates() -> None:
+    steps = StageConfig(epochs=300, lr=1.0, milestones=[1 / 3, 2 / 3], decay=0.1)
+    assert [learning_rate(steps, e) for e in (0, 99, 100, 200)] == pytest.approx([1, 1, 0.1, 0.01])
+    warm = StageConfig(epochs=10, lr=1.0, warmup=4, schedule="cosine")
+    rates = [learning_rate(warm, e) for e in range(10)]
+    assert rates[:5] == sorted(rates[:5]) and rates[4] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] > 0
+
+
+def test_heatmaps_are_gaussians_in_mm() -> None:
+    spacing = (2.5, 1.0, 1.0)
+    heat = gaussian_heatmaps(torch.tensor([[[4.0, 10.0, 12.0]]]), (9, 21, 25), spacing, 5.0)[0, 0]
+    assert heat[4, 10, 12] == 1.0
+    assert heat[6, 10, 12].item() == pytest.approx(math.exp(-0.5), rel=1e-6)
+    assert heat[4, 10, 17].item() == pytest.approx(math.exp(-0.5), rel=1e-6)
+
+
+def test_heatmap_loss_leaves_out_missing_organs() -> None:
+    from focusnet.data.crops import Crop
+
+    centers = torch.tensor([[[4.0, 5.0, 5.0], [math.nan] * 3]])
+    crop = Crop(torch.zeros(1, 1, 9, 11, 11), torch.zeros(1, 9, 11, 11), torch.ones(1, 3, dtype=torch.bool), centers)
+    maps = torch.rand(1, 2, 9, 11, 11, requires_grad=True)
+    loss = heatmap_loss(maps, crop, (2.0, 1.0, 1.0), 2.0)
+    loss.backward()
+    assert loss.isfinite() and maps.grad[0, 0].any() and not maps.grad[0, 1].any()
+    perfect = gaussian_heatmaps(centers, (9, 11, 11), (2.0, 1.0, 1.0), 2.0).nan_to_num()
+    assert heatmap_loss(perfect, crop, (2.0, 1.0, 1.0), 2.0) == 0
