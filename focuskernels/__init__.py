@@ -3,6 +3,8 @@
 from .dilated_conv3d import dilated_conv3d
 from .heatmap_argmax3d import HeatmapPeaks, heatmap_argmax_3d
 from .norm_act import norm_act
+from .paste_rois3d import paste_rois_3d
+from .roi_gather3d import roi_gather_3d
 from .se_residual import se_residual
 
-__all__ = ["HeatmapPeaks", "dilated_conv3d", "heatmap_argmax_3d", "norm_act", "se_residual"]
+__all__ = ["HeatmapPeaks", "dilated_conv3d", "heatmap_argmax_3d", "norm_act", "paste_rois_3d", "roi_gather_3d", "se_residual"]

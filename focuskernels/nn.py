@@ -1,6 +1,7 @@
 """Modules over the functions of this package: they hold parameters, the functions compute."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from ._arguments import triple
 from .dilated_conv3d import dilated_conv3d
 from .norm_act import Activation, Norm, check_names, group_count, norm_act
+from .roi_gather3d import roi_gather_3d
 from .se_residual import se_residual
 
-__all__ = ["DenseASPP3d", "DilatedConv3d", "NormAct3d", "SEResBlock3d", "SEResidual3d"]
+__all__ = ["DenseASPP3d", "DilatedConv3d", "NormAct3d", "ROIGather3d", "SEResBlock3d", "SEResidual3d"]
 
 
 def _require_positive(**values: int) -> None:
@@ -236,3 +238,50 @@ def _branch(channels: int, growth: int, bottleneck: int, dilation: int | Sequenc
         NormAct3d(bottleneck, norm),
         DilatedConv3d(bottleneck, growth, 3, dilation),
     )
+
+
+class ROIGather3d(nn.Module):
+    """`roi_gather_3d` with fixed sizes.
+
+    Args:
+        roi_size: size of the box in reference voxels, one number or (d, h, w).
+        output_size: samples per axis; default `roi_size`.
+        spatial_scales: per source its voxels per reference voxel; default 1 for each.
+        padding: "zeros" or "border".
+    """
+
+    def __init__(
+        self,
+        roi_size: int | Sequence[int],
+        output_size: int | Sequence[int] | None = None,
+        *,
+        spatial_scales: Sequence[float | Sequence[float]] | None = None,
+        padding: Literal["zeros", "border"] = "zeros",
+    ) -> None:
+        super().__init__()
+        self.roi_size = triple(roi_size, "roi_size")
+        self.output_size = self.roi_size if output_size is None else triple(output_size, "output_size")
+        self.spatial_scales = spatial_scales
+        if padding not in ("zeros", "border"):
+            raise ValueError(f"padding must be 'zeros' or 'border', got {padding!r}")
+        self.padding: Literal["zeros", "border"] = padding
+
+    def forward(self, sources: Sequence[Tensor], centers: Tensor) -> Tensor:
+        """Sources (N, C_i, D_i, H_i, W_i) and centers (K, 4) -> (K, sum C_i, d, h, w)."""
+        return roi_gather_3d(
+            sources,
+            centers,
+            self.roi_size,
+            self.output_size,
+            spatial_scales=self.spatial_scales,
+            padding=self.padding,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        parts = [f"roi_size={self.roi_size}"]
+        if self.output_size != self.roi_size:
+            parts.append(f"output_size={self.output_size}")
+        if self.spatial_scales is not None:
+            parts.append(f"spatial_scales={self.spatial_scales}")
+        return ", ".join([*parts, f"padding={self.padding}"])

@@ -1,0 +1,74 @@
+"""The inverse of cutting ROIs out: small-organ masks written back into a label map."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._arguments import require_float, values_are_readable
+from .reference import paste_rois3d as reference
+from .roi_gather3d import check_centers
+
+
+def paste_rois_3d(
+    labels: Tensor,
+    logits: Sequence[Tensor],
+    centers: Tensor,
+    classes: Sequence[int] | Tensor,
+    *,
+    threshold: float = 0.5,
+) -> Tensor:
+    """Write the masks of K regions of interest into label maps.
+
+    A voxel of ROI k whose sigmoid(logit) exceeds `threshold` becomes `classes[k]`. Where ROIs compete for a voxel the
+    one with the larger probability has it, the first one of equals. The ROI starts at `c - size // 2` on each axis, as
+    in `roi_gather_3d`; what lies outside the volume is cut off, and a NaN logit claims nothing.
+
+    Args:
+        labels: (N, D, H, W), uint8. Not changed.
+        logits: K tensors (d_k, h_k, w_k), floating point.
+        centers: (K, 4) = (sample, z, y, x) in voxels; whole numbers of any dtype.
+        classes: K label values between 0 and 255.
+        threshold: probability between 0 and 1.
+
+    Returns:
+        New labels (N, D, H, W), uint8.
+
+    Raises:
+        TypeError: wrong types, dtypes or devices.
+        ValueError: counts or shapes that do not fit, a threshold or label value out of range; and, for `centers` on the
+            CPU outside `torch.compile`, centres that are no whole numbers or samples out of range. Where values are
+            not looked at, a sample out of range pastes nothing and fractions are truncated.
+    """
+    logits = list(logits)
+    _check(labels, logits, threshold)
+    check_centers(centers, labels.shape[0], labels.device)
+    if len(centers) != len(logits):
+        raise ValueError(f"{len(logits)} logits need as many centers and classes, got centers {tuple(centers.shape)}")
+    if centers.is_floating_point() and values_are_readable(centers) and bool((centers != centers.trunc()).any()):
+        raise ValueError(f"centers must be whole voxels, got {centers.tolist()}")
+    return reference.forward(labels, logits, centers, _class_values(classes, len(logits), labels), threshold)
+
+
+def _check(labels: Tensor, logits: Sequence[Tensor], threshold: float) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.uint8:
+        raise TypeError(f"labels must be a uint8 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if labels.dim() != 4:
+        raise ValueError(f"labels must be (N, D, H, W), got {tuple(labels.shape)}")
+    for k, roi in enumerate(logits):
+        require_float(roi, f"logits[{k}]", dim=3)
+        if roi.device != labels.device:
+            raise TypeError(f"logits[{k}] lies on {roi.device}, labels on {labels.device}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a probability, got {threshold}")
+
+
+def _class_values(classes: Sequence[int] | Tensor, count: int, labels: Tensor) -> Tensor:
+    if isinstance(classes, Tensor) and (classes.is_floating_point() or classes.dtype == torch.bool):
+        raise TypeError(f"classes must be integers, got {classes.dtype}")
+    values = torch.as_tensor(classes, dtype=torch.int64, device=labels.device)
+    if values.shape != (count,):
+        raise ValueError(f"{count} logits need as many classes, got shape {tuple(values.shape)}")
+    if values_are_readable(values) and bool(((values < 0) | (values > 255)).any()):
+        raise ValueError(f"classes must lie between 0 and 255, got {values.tolist()}")
+    return values
