@@ -35,6 +35,7 @@ class Case:
         multilabel: One label map instead.
         label_values: Organ of every label value of `multilabel`.
         problems: What is wrong with the case's file names and label tables, one line each.
+        unknown: Unknown organ names among its files or labels, one line each.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     multilabel: Path | None = None
     label_values: dict[int, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def organs(self) -> list[str]:
@@ -59,8 +61,8 @@ class Case:
 def find_cases(root: Path) -> list[Case]:
     """The cases in a folder, sorted by name; nothing but file names and label tables is read.
 
-    `root` may be a data set or a single case. Unknown organs become a case's `problems`, so that one odd file does not
-    hide the rest.
+    `root` may be a data set or a single case. What is wrong with a case becomes its `problems` and `unknown`, so that one odd
+    file does not hide the rest.
 
     Raises:
         FocusNetError: the folder does not exist or holds no case.
@@ -83,12 +85,13 @@ def find_cases(root: Path) -> list[Case]:
     return sorted(cases, key=lambda case: case.name)
 
 
-def iter_masks(case: Case, grid: Grid | None = None) -> Iterator[tuple[str, np.ndarray, Grid]]:
+def iter_masks(case: Case, grid: Grid | None = None, *, allow_unknown: bool = False) -> Iterator[tuple[str, np.ndarray, Grid]]:
     """Yield (organ, mask, grid) one by one, sorted by organ, so that large data sets need not fit into memory.
 
     Args:
         case: The case.
         grid: Grid on which the masks must lie; by default the image's, or without an image the first mask's.
+        allow_unknown: Leave out organs of unknown name instead of failing.
 
     Yields:
         TG-263 name, mask (z, y, x) bool that may be empty, and its grid.
@@ -96,8 +99,8 @@ def iter_masks(case: Case, grid: Grid | None = None) -> Iterator[tuple[str, np.n
     Raises:
         FocusNetError: the case has problems, a file is unreadable or no binary mask, or lies on another grid.
     """
-    if case.problems:
-        raise FocusNetError(f"case {case.name}: {case.problems[0]}")
+    for problem in case.problems + (() if allow_unknown else case.unknown):
+        raise FocusNetError(f"case {case.name}: {problem}")
     if grid is None and case.image is not None:
         grid = read_grid(case.image)
     if case.multilabel is not None:
@@ -128,9 +131,9 @@ def read_masks(case: Case, grid: Grid | None = None) -> tuple[dict[str, np.ndarr
 def _multilabel_masks(case: Case, path: Path, grid: Grid | None) -> Iterator[tuple[str, np.ndarray, Grid]]:
     volume = read_labels(path)
     grid = _same_grid(path, volume.grid, grid)
-    unknown = [value for value in np.unique(volume.array).tolist() if value and value not in case.label_values]
-    if unknown:
-        raise FocusNetError(f"{path} holds label {unknown[0]}, which its label table does not name")
+    unnamed = [value for value in np.unique(volume.array).tolist() if value and value not in case.label_values]
+    if unnamed and not case.unknown:
+        raise FocusNetError(f"{path} holds label {unnamed[0]}, which its label table does not name")
     for organ in sorted(set(case.label_values.values())):
         values = [value for value, name in case.label_values.items() if name == organ]
         yield organ, np.isin(volume.array, values), grid
@@ -185,25 +188,25 @@ def _case_in(folder: Path) -> Case | None:
 
 def _mask_case(name: str, image: Path | None, files: list[tuple[str, Path]]) -> Case:
     masks: dict[str, Path] = {}
-    problems = []
+    problems, unknown = [], []
     for organ, path in files:
         try:
             known = canonical_name(organ)
         except FocusNetError as error:
-            problems.append(f"{error}, in {path}")
+            unknown.append(f"{error}, in {path}")
             continue
         if known in masks:
             problems.append(f"{masks[known].name} and {path.name} are both {known}")
         masks[known] = path
-    return Case(name, image, masks, problems=tuple(problems))
+    return Case(name, image, masks, problems=tuple(problems), unknown=tuple(unknown))
 
 
 def _multilabel_case(name: str, image: Path | None, labels: Path, table: Path) -> Case:
     try:
-        values = _label_values(table, _read_json(table))
+        values, unknown = _label_values(table, _read_json(table))
     except FocusNetError as error:
         return Case(name, image, multilabel=labels, problems=(str(error),))
-    return Case(name, image, multilabel=labels, label_values=values)
+    return Case(name, image, multilabel=labels, label_values=values, unknown=unknown)
 
 
 def _read_json(path: Path) -> object:
@@ -215,11 +218,11 @@ def _read_json(path: Path) -> object:
         raise FocusNetError(f"cannot read {path}: it is no JSON ({error})") from error
 
 
-def _label_values(path: Path, table: object) -> dict[int, str]:
-    """{value: organ} from {"1": "Brainstem"} or {"Brainstem": 1}, leaving out the background."""
+def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str, ...]]:
+    """{value: organ} from {"1": "Brainstem"} or {"Brainstem": 1} without the background; and the unknown organs' errors."""
     if not isinstance(table, dict):
         raise FocusNetError(f"{path} holds no label table, expected {{value: organ}}")
-    values = {}
+    values, unknown = {}, []
     for key, entry in table.items():
         value, organ = (entry, key) if isinstance(entry, int) else (key, entry)
         if not str(value).isdigit() or not isinstance(organ, str):
@@ -229,8 +232,8 @@ def _label_values(path: Path, table: object) -> dict[int, str]:
         try:
             values[int(value)] = canonical_name(organ)
         except FocusNetError as error:
-            raise FocusNetError(f"{error}, in {path}") from error
-    return values
+            unknown.append(f"{error}, in {path}")
+    return values, tuple(unknown)
 
 
 def _nnunet_cases(root: Path) -> list[Case]:
@@ -240,9 +243,8 @@ def _nnunet_cases(root: Path) -> list[Case]:
     images = {}
     if (root / "imagesTr").is_dir():
         images = {_stem(path).removesuffix("_0000"): path for path in _images(root / "imagesTr") if _stem(path).endswith("_0000")}
-    values = _label_values(table, content.get("labels") if isinstance(content, dict) else None)
-    names = sorted({*labels, *images})
-    return [
-        Case(name, images.get(name), multilabel=labels.get(name), label_values=values if name in labels else {})
-        for name in names
+    values, unknown = _label_values(table, content.get("labels") if isinstance(content, dict) else None)
+    unlabelled = [Case(name, images[name]) for name in images if name not in labels]
+    return unlabelled + [
+        Case(name, images.get(name), multilabel=path, label_values=values, unknown=unknown) for name, path in labels.items()
     ]

@@ -226,7 +226,7 @@ def _to_itk(array: np.ndarray, grid: Grid) -> "sitk.Image":
 def _values(image: "sitk.Image") -> np.ndarray:
     import SimpleITK as sitk
 
-    return cast(np.ndarray, sitk.GetArrayViewFromImage(image))
+    return sitk.GetArrayViewFromImage(image)
 
 
 def _as_hu(values: np.ndarray, path: Path) -> np.ndarray:

@@ -86,7 +86,7 @@ def prepare_image(volume: Volume, config: DataConfig) -> Volume:
     volume = reorient(volume)
     box = body_box(volume, config.body_margin_mm)
     dtype = volume.array.dtype
-    low, high = (dtype.type(limit) for limit in config.hu_range)
+    low, high = (dtype.type(limit) for limit in np.clip(config.hu_range, -32768, 32767))
     # clipped first, so that padding at -3024 or metal at 30000 HU does not bleed into its neighbours
     body = Volume(np.clip(volume.array[box], low, high), cropped_grid(volume.grid, box))
     prepared = resample(body, resampled_grid(body.grid, config.spacing), fill=float(low))

@@ -1,0 +1,356 @@
+"""The cache: every case prepared once, as memory-mappable arrays beside a record of what was measured and found.
+
+`<cache>/cases/<name>.image.npy` (int16 HU), `<name>.labels.npy` (uint8) and `<name>.json`. The record is written last and
+holds the arrays' checksums, so that an interrupted, changed or damaged case is noticed and prepared again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import signal
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import DataConfig
+from ..errors import FocusNetError
+from ..files import atomic_write
+from .cases import Case, iter_masks
+from .images import Grid, Volume, read_image, resample
+from .organs import canonical_name, overlap_order
+from .plan import CaseRecord, FloatTriple, case_record
+from .preprocess import body_box, prepare_image, reorient
+
+FORMAT = 1
+WORKERS = 2
+POOL_FROM = 5
+MIN_VOXELS = 8
+# fields of DataConfig that shape the plan, not the arrays
+_PLAN_FIELDS = ("small_organs", "small_voxels", "roi_scale", "roi_size")
+
+
+@dataclass
+class OrganSize:
+    """One organ of one case on its original grid: voxels, mm3, and the sides (z, y, x) of its bounding box in mm."""
+
+    voxels: int
+    volume_mm3: float
+    extent_mm: FloatTriple
+
+
+@dataclass
+class CaseReport:
+    """What preparing a case found.
+
+    Attributes:
+        name: Name of the case.
+        fingerprint: Identifies its source files and the configuration.
+        problems: Why the case cannot be used, one line each; empty if it can.
+        notes: What a person should know, though the case is usable.
+        sizes: The contoured organs on the original grid.
+        values: Organ of every label value 1, 2, ... in the cached label map.
+        record: The prepared case; None if it is unusable.
+    """
+
+    name: str
+    fingerprint: str
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sizes: dict[str, OrganSize] = field(default_factory=dict)
+    values: list[str] = field(default_factory=list)
+    record: CaseRecord | None = None
+
+
+def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[CaseReport]:
+    """Check and prepare cases, reusing what the cache holds; two processes share the work when there is much of it.
+
+    Returns:
+        One report per case, in the order of `cases`; unusable ones have `problems` and no arrays.
+
+    Raises:
+        FocusNetError: the configuration names an unknown organ, or the cache cannot be written.
+    """
+    values = wanted_organs(config) or sorted({organ for case in cases for organ in case.organs})
+    fingerprints = {case.name: _fingerprint(case, config) for case in cases}
+    reports: dict[str, CaseReport] = {}
+    for case in cases:
+        cached = _load(cache, case.name, fingerprints[case.name])
+        if cached is not None:
+            reports[case.name] = cached
+    jobs = [(case, cache, config, values, fingerprints[case.name]) for case in cases if case.name not in reports]
+    for report in _progress(_run(jobs), len(jobs)):
+        reports[report.name] = report
+    return [reports[case.name] for case in cases]
+
+
+def set_values(cache: Path, report: CaseReport, values: list[str]) -> None:
+    """Make the cached label map count its organs in the order of `values`."""
+    if report.values == values:
+        return
+    _, path = array_paths(cache, report.name)
+    table = np.zeros(256, np.uint8)
+    for value, organ in enumerate(report.values, start=1):
+        table[value] = values.index(organ) + 1 if organ in values else 0
+    labels = table[np.load(path, allow_pickle=False)]
+    report.values = values
+    _save_array(path, labels)
+    _save_record(cache, report)
+
+
+def array_paths(cache: Path, name: str) -> tuple[Path, Path]:
+    """Files of a prepared case: HU and labels."""
+    folder = Path(cache) / "cases"
+    return folder / f"{name}.image.npy", folder / f"{name}.labels.npy"
+
+
+def wanted_organs(config: DataConfig) -> list[str] | None:
+    """`config.organs` by their TG-263 names; None if every organ is wanted.
+
+    Raises:
+        FocusNetError: an organ is unknown or named twice.
+    """
+    if config.organs is None:
+        return None
+    names = [canonical_name(name) for name in config.organs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise FocusNetError(f"data.organs names {twice[0]} twice" if twice else "data.organs is empty, expected names or null")
+    return names
+
+
+Job = tuple[Case, Path, DataConfig, list[str], str]
+
+
+def _run(jobs: list[Job]) -> Iterator[CaseReport]:
+    if len(jobs) < POOL_FROM:
+        yield from map(_build, jobs)
+        return
+    # not fork: ITK's and torch's threads do not survive it
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_start_worker)
+    try:
+        for future in as_completed([pool.submit(_build, job) for job in jobs]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise FocusNetError("a process that prepares cases died, probably for lack of memory; run it again to go on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    import SimpleITK as sitk
+
+    # the parent handles Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _progress(reports: Iterator[CaseReport], total: int) -> Iterable[CaseReport]:
+    from rich.console import Console
+    from rich.progress import track
+
+    if not total:
+        return reports
+    return track(reports, "preparing", total, console=Console(file=sys.stderr), transient=True)
+
+
+def _build(job: Job) -> CaseReport:
+    case, cache, config, values, fingerprint = job
+    report = CaseReport(case.name, fingerprint, list(case.problems), values=values)
+    (report.problems if config.organs is None else report.notes).extend(case.unknown)
+    image, grid = _read_ct(case, report)
+    painted = _paint(case, grid, values, report)
+    if report.problems or image is None or painted is None:
+        return report
+    prepared = prepare_image(image, config)
+    if min(prepared.array.shape) < MIN_VOXELS:
+        report.problems.append(f"only {_times(prepared.array.shape)} voxels at {_times(config.spacing)} mm, expected {MIN_VOXELS} or more")
+        return report
+    _check_cropping(painted, body_box(image, config.body_margin_mm), values, report)
+    labels = _as_values(resample(Volume(painted, image.grid), prepared.grid, labels=True).array, values)
+    report.record = _record(labels, values, report)
+    if not report.record.organs:
+        report.problems.append("no organ is contoured within the body")
+        return report
+    image_path, labels_path = array_paths(cache, case.name)
+    _save_array(image_path, prepared.array)
+    _save_array(labels_path, labels)
+    _save_record(cache, report)
+    return report
+
+
+def _read_ct(case: Case, report: CaseReport) -> tuple[Volume | None, Grid | None]:
+    """The image along the patient's axes, and its grid as stored."""
+    if case.image is None:
+        report.problems.append("it has no image")
+        return None, None
+    try:
+        volume = read_image(case.image)
+    except FocusNetError as error:
+        report.problems.append(str(error))
+        return None, None
+    if min(volume.array.shape) < MIN_VOXELS:
+        report.problems.append(
+            f"{case.image} has only {_times(volume.array.shape)} voxels (z, y, x), expected {MIN_VOXELS} or more along each axis"
+        )
+    return reorient(volume), volume.grid
+
+
+def _paint(case: Case, grid: Grid | None, values: list[str], report: CaseReport) -> np.ndarray | None:
+    """Label map (uint8) along the patient's axes of each organ's rank in `overlap_order`: the smaller organ has the larger one."""
+    ranks = {organ: rank for rank, organ in enumerate(overlap_order(values), start=1)}
+    painted: np.ndarray | None = None
+    found = 0
+    for part in _parts(case, values):
+        try:
+            for organ, stored, mask_grid in iter_masks(part, grid, allow_unknown=True):
+                if organ not in ranks:
+                    continue
+                found += 1
+                grid = mask_grid
+                mask = reorient(Volume(stored, grid))
+                if painted is None:
+                    painted = np.zeros(mask.array.shape, np.uint8)
+                box = _bounding_box(mask.array)
+                if box is None:
+                    report.notes.append(f"{organ}: its mask is empty, it counts as not contoured")
+                    continue
+                inside = mask.array[box]
+                report.sizes[organ] = _size(inside, mask.grid)
+                np.maximum(painted[box], np.where(inside, np.uint8(ranks[organ]), np.uint8(0)), out=painted[box])
+        except FocusNetError as error:
+            report.problems.append(str(error))
+    if not report.sizes and not report.problems:
+        report.problems.append("all its masks are empty" if found else "it has none of the organs' masks")
+    return painted
+
+
+def _parts(case: Case, values: list[str]) -> Iterator[Case]:
+    """The case's files one by one, so that each of them is checked whatever the others are like."""
+    if case.multilabel is not None:
+        yield dataclasses.replace(case, masks={}, problems=())
+    for organ in sorted(case.masks):
+        if organ in values:
+            yield dataclasses.replace(case, masks={organ: case.masks[organ]}, multilabel=None, label_values={}, problems=())
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
+    box: list[slice] = []
+    for axis in range(3):
+        # each projection looks only at what the former left over
+        part = mask[tuple(box)]
+        used = np.flatnonzero(part.any(axis=tuple(a for a in range(3) if a != axis)))
+        if not used.size:
+            return None
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(box)
+
+
+def _size(inside: np.ndarray, grid: Grid) -> OrganSize:
+    z, y, x = (float(n * s) for n, s in zip(inside.shape, grid.spacing, strict=True))
+    voxels = int(np.count_nonzero(inside))
+    return OrganSize(voxels, voxels * grid.voxel_mm3, (z, y, x))
+
+
+def _check_cropping(painted: np.ndarray, box: tuple[slice, ...], values: list[str], report: CaseReport) -> None:
+    before, after = (np.bincount(part.ravel(), minlength=256) for part in (painted, painted[box]))
+    for rank, organ in enumerate(overlap_order(values), start=1):
+        lost = 1 - after[rank] / before[rank] if before[rank] else 0
+        if lost > 0.01:
+            report.notes.append(f"{organ}: {lost:.0%} of it lies outside of the body and is cut off")
+
+
+def _as_values(ranks: np.ndarray, values: list[str]) -> np.ndarray:
+    table = np.zeros(256, np.uint8)
+    for rank, organ in enumerate(overlap_order(values), start=1):
+        table[rank] = values.index(organ) + 1
+    return table[ranks]
+
+
+def _record(labels: np.ndarray, values: list[str], report: CaseReport) -> CaseRecord:
+    from scipy import ndimage
+
+    z, y, x = labels.shape
+    record = CaseRecord(report.name, (z, y, x), [], {}, {})
+    boxes = ndimage.find_objects(labels, max_label=len(values))
+    for value, (organ, box) in enumerate(zip(values, boxes, strict=True), start=1):
+        if box is None:
+            if report.sizes.pop(organ, None) is not None:
+                report.notes.append(f"{organ}: nothing of it is left on the prepared grid, it counts as not contoured")
+            continue
+        points = np.nonzero(labels[box] == value)
+        center = [float(along.mean() + side.start) for along, side in zip(points, box, strict=True)]
+        record.organs.append(organ)
+        record.centers[organ] = (center[0], center[1], center[2])
+        record.voxels[organ] = len(points[0])
+    return record
+
+
+def _times(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
+
+
+def _fingerprint(case: Case, config: DataConfig) -> str:
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PLAN_FIELDS}
+    files = [part for file in case.files for part in (sorted(file.iterdir()) if file.is_dir() else [file])]
+    stamps = [(f"{file.parent.name}/{file.name}", *_stamp(file)) for file in files]
+    content = [FORMAT, settings, stamps, sorted(case.label_values.items()), case.problems, case.unknown]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise FocusNetError(f"cannot read {file}: {error.strerror or error}") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def _record_path(cache: Path, name: str) -> Path:
+    return Path(cache) / "cases" / f"{name}.json"
+
+
+def _save_record(cache: Path, report: CaseReport) -> None:
+    checksums = [_checksum(path) for path in array_paths(cache, report.name)]
+    content = {**dataclasses.asdict(report), "checksums": checksums}
+    with atomic_write(_record_path(cache, report.name)) as temporary:
+        temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+
+
+def _load(cache: Path, name: str, fingerprint: str) -> CaseReport | None:
+    """The report of a cached case; None if it is absent, outdated or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(_record_path(cache, name).read_text(encoding="utf-8"))
+        if content["fingerprint"] != fingerprint:
+            return None
+        if content["checksums"] != [_checksum(path) for path in array_paths(cache, name)]:
+            return None
+        sizes = {
+            organ: OrganSize(int(size["voxels"]), float(size["volume_mm3"]), tuple(size["extent_mm"]))
+            for organ, size in content["sizes"].items()
+        }
+        record = case_record(content["record"])
+        return CaseReport(name, fingerprint, [], content["notes"], sizes, content["values"], record)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
