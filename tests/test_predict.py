@@ -6,7 +6,7 @@ import torch
 
 from focusnet import predict
 from focusnet.checkpoint import Model, build_network, save_checkpoint
-from focusnet.data.images import Grid, read_image, read_labels, write_labels
+from focusnet.data.images import Grid, Volume, read_image, read_labels, write_image
 from focusnet.errors import FocusNetError
 from focusnet.prepare import prepare
 from tests.tiny import GRID, tiny_config, write_case, write_data
@@ -90,6 +90,6 @@ def test_wrong_inputs_are_named(checkpoint, tmp_path) -> None:
 
 def test_a_volume_smaller_than_the_window(checkpoint, tmp_path) -> None:
     small = Grid((3, 9, 10), GRID.spacing, GRID.origin, GRID.direction)
-    write_labels(tmp_path / "small.nii.gz", np.zeros(small.shape, dtype=np.int16), small)
+    write_image(tmp_path / "small.nii.gz", Volume(np.zeros(small.shape, dtype=np.int16), small))
     run(checkpoint, tmp_path / "small.nii.gz", tmp_path / "out")
     assert read_labels(tmp_path / "out" / "small" / "labels.nii.gz").grid.matches(small)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from focusnet.config import AugmentConfig, Config, DataConfig, ModelConfig, StageConfig, TrainConfig
-from focusnet.data.images import Grid, write_labels
+from focusnet.data.images import Grid, Volume, write_image, write_labels
 
 SPACING = (3.0, 2.0, 2.0)
 GRID = Grid((14, 24, 26), SPACING, (-20.0, 30.0, 5.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
@@ -26,7 +26,7 @@ def write_case(folder: Path, seed: int, organs=ORGANS, grid: Grid = GRID) -> Non
     for name, box in boxes.items():
         image[box] = 200 if name == "Brainstem" else 400
     image[1:-1, 2:-2, 2:-2] += rng.normal(0, 5, image[1:-1, 2:-2, 2:-2].shape).astype(np.int16)
-    write_labels(folder / "img.nrrd", image, grid)
+    write_image(folder / "img.nrrd", Volume(image, grid))
     for name in organs:
         mask = np.zeros(grid.shape, dtype=np.uint8)
         mask[boxes[name]] = 1

@@ -138,16 +138,29 @@ def write_labels(path: Path, array: np.ndarray, grid: Grid) -> None:
         FocusNetError: the file cannot be written, or its suffix is unknown.
         ValueError: `array` does not have the grid's shape, or holds anything but labels from 0 to 65535.
     """
+    if array.dtype.kind not in "bui" or (array.size and not 0 <= array.min() <= array.max() <= 65535):
+        raise ValueError(f"labels must be integers from 0 to 65535, got {array.dtype}")
+    _write(path, array.astype(np.uint16 if array.size and array.max() > 255 else np.uint8, copy=False), grid)
+
+
+def write_image(path: Path, volume: Volume) -> None:
+    """Write an image in the dtype of its array, compressed and atomically; suffixes as for `write_labels`.
+
+    Raises:
+        FocusNetError: the file cannot be written, or its suffix is unknown.
+    """
+    _write(path, volume.array, volume.grid)
+
+
+def _write(path: Path, array: np.ndarray, grid: Grid) -> None:
     import SimpleITK as sitk
 
     path = Path(path)
     if not path.name.endswith(WRITE_SUFFIXES):
         raise FocusNetError(f"cannot write {path}: expected a name ending in {', '.join(WRITE_SUFFIXES)}")
     if array.shape != grid.shape:
-        raise ValueError(f"labels of shape {array.shape} on a grid of shape {grid.shape}")
-    if array.dtype.kind not in "bui" or (array.size and not 0 <= array.min() <= array.max() <= 65535):
-        raise ValueError(f"labels must be integers from 0 to 65535, got {array.dtype}")
-    image = _to_itk(array.astype(np.uint16 if array.size and array.max() > 255 else np.uint8, copy=False), grid)
+        raise ValueError(f"an array of shape {array.shape} on a grid of shape {grid.shape}")
+    image = _to_itk(array, grid)
     with atomic_write(path) as temporary, _quiet():
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
