@@ -1,10 +1,22 @@
 """Operations of 3D segmentation of small organs: losses, regions of interest, dilated convolution, norm and SE."""
 
 from .dilated_conv3d import dilated_conv3d
+from .focal_dice import FocalDiceSums, focal_dice_loss, focal_dice_sums
 from .heatmap_argmax3d import HeatmapPeaks, heatmap_argmax_3d
 from .norm_act import norm_act
 from .paste_rois3d import paste_rois_3d
 from .roi_gather3d import roi_gather_3d
 from .se_residual import se_residual
 
-__all__ = ["HeatmapPeaks", "dilated_conv3d", "heatmap_argmax_3d", "norm_act", "paste_rois_3d", "roi_gather_3d", "se_residual"]
+__all__ = [
+    "FocalDiceSums",
+    "HeatmapPeaks",
+    "dilated_conv3d",
+    "focal_dice_loss",
+    "focal_dice_sums",
+    "heatmap_argmax_3d",
+    "norm_act",
+    "paste_rois_3d",
+    "roi_gather_3d",
+    "se_residual",
+]

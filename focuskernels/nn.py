@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from ._arguments import triple
 from .dilated_conv3d import dilated_conv3d
+from .focal_dice import Mode, check_options, focal_dice_loss
 from .norm_act import Activation, Norm, check_names, group_count, norm_act
 from .roi_gather3d import roi_gather_3d
 from .se_residual import se_residual
 
-__all__ = ["DenseASPP3d", "DilatedConv3d", "NormAct3d", "ROIGather3d", "SEResBlock3d", "SEResidual3d"]
+__all__ = ["DenseASPP3d", "DilatedConv3d", "FocalDiceLoss", "NormAct3d", "ROIGather3d", "SEResBlock3d", "SEResidual3d"]
 
 
 def _require_positive(**values: int) -> None:
@@ -285,3 +286,66 @@ class ROIGather3d(nn.Module):
         if self.spatial_scales is not None:
             parts.append(f"spatial_scales={self.spatial_scales}")
         return ", ".join([*parts, f"padding={self.padding}"])
+
+
+class FocalDiceLoss(nn.Module):
+    """`focal_dice_loss` with fixed parameters; its docstring explains them.
+
+    `alpha` is a buffer, so that it moves with the module; it is left out of the state.
+    """
+
+    alpha: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        activation: Mode = "softmax",
+        gamma: float = 2.0,
+        alpha: Tensor | Sequence[float] | None = None,
+        focal_weight: float = 1.0,
+        dice_weight: float = 1.0,
+        ignore_index: int | None = None,
+        include_background: bool = True,
+        batch_dice: bool = False,
+        smooth: float = 1e-5,
+        class_reduction: Literal["sum", "mean"] = "sum",
+    ) -> None:
+        super().__init__()
+        check_options(activation, gamma, smooth, class_reduction)
+        self.activation: Mode = activation
+        self.gamma = gamma
+        self.focal_weight = focal_weight
+        self.dice_weight = dice_weight
+        self.ignore_index = ignore_index
+        self.include_background = include_background
+        self.batch_dice = batch_dice
+        self.smooth = smooth
+        self.class_reduction: Literal["sum", "mean"] = class_reduction
+        self.register_buffer("alpha", None if alpha is None else torch.as_tensor(alpha), persistent=False)
+
+    def forward(self, logits: Tensor, target: Tensor, class_mask: Tensor | None = None) -> Tensor:
+        """Logits (N, C, *spatial) and target -> scalar; class_mask (N, C) bool."""
+        return focal_dice_loss(
+            logits,
+            target,
+            activation=self.activation,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            focal_weight=self.focal_weight,
+            dice_weight=self.dice_weight,
+            ignore_index=self.ignore_index,
+            class_mask=class_mask,
+            include_background=self.include_background,
+            batch_dice=self.batch_dice,
+            smooth=self.smooth,
+            class_reduction=self.class_reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that matter to a reader of the model."""
+        alpha = None if self.alpha is None else f"{len(self.alpha)} values"
+        return (
+            f"{self.activation}, gamma={self.gamma}, alpha={alpha}, focal_weight={self.focal_weight}, "
+            f"dice_weight={self.dice_weight}, ignore_index={self.ignore_index}, smooth={self.smooth}, "
+            f"class_reduction={self.class_reduction}"
+        )
