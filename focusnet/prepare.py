@@ -1,4 +1,4 @@
-"""`python -m focusnet.prepare DATA`: check a data set, measure its organs, fill the cache and print the plan."""
+"""`python -m focusnet.prepare DATA`: check a data set, fill the cache, print the plan."""
 
 import dataclasses
 import hashlib
@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -53,13 +54,15 @@ def prepare(data: Path, cache: Path, config: DataConfig, *, skip_bad: bool = Fal
 def make_plan(reports: list[CaseReport], config: DataConfig) -> Plan:
     """Derive the plan from usable cases' reports.
 
-    - Small: named in `config.small_organs`, else fewer than `config.small_voxels` voxels on the original grids on average.
-    - ROI of a small organ: per axis `config.roi_scale` times the mean side of its bounding box, but at least 1.25 times the
-      largest side seen, rounded to prepared voxels and at least 8 of them; or `config.roi_size`. Sides above three times the
-      median (stray voxels) count for neither.
-    - alpha: sqrt(mean volume of all organs / volume of this organ), clipped to [0.25, 8]; background 0.5. The paper's weights
-      are "inverse to the average size"; the square root gives about the values the authors later set by hand (8 for the
-      chiasm and optic nerves, 2 for submandibular glands, 1 for large organs), where the plain inverse spans 150:1.
+    - Small: named in `config.small_organs`, else fewer than `config.small_voxels` voxels on the original
+      grids on average.
+    - ROI of a small organ: per axis `config.roi_scale` times the mean side of its bounding box, but at least
+      1.25 times the largest side seen, rounded to prepared voxels and at least 8 of them; or
+      `config.roi_size`. Sides above three times the median (stray voxels) count for neither.
+    - alpha: sqrt(mean volume of all organs / volume of this organ), clipped to [0.25, 8]; background 0.5. The
+      paper's weights are "inverse to the average size"; the square root gives about the values the authors
+      later set by hand (8 for the chiasm and optic nerves, 2 for submandibular glands, 1 for large organs),
+      where the plain inverse spans 150:1.
 
     Raises:
         FocusNetError: no usable case is left, or an organ of the configuration is in none of them.
@@ -71,7 +74,9 @@ def make_plan(reports: list[CaseReport], config: DataConfig) -> Plan:
     names = wanted_organs(config) or sorted(present)
     absent = [name for name in names if name not in present]
     if absent:
-        raise FocusNetError(f"data.organs has {absent[0]}, which no usable case has; found: {', '.join(sorted(present))}")
+        raise FocusNetError(
+            f"data.organs has {absent[0]}, which no usable case has; found: {', '.join(sorted(present))}"
+        )
     sizes = {name: [report.sizes[name] for report in usable if name in report.sizes] for name in names}
     small = _small_organs(sizes, config)
     volumes = {name: float(np.mean([size.volume_mm3 for size in found])) for name, found in sizes.items()}
@@ -89,7 +94,8 @@ def make_plan(reports: list[CaseReport], config: DataConfig) -> Plan:
 def outliers(reports: list[CaseReport]) -> dict[str, list[str]]:
     """Contours that look wrong against the same organ in the other cases: case name -> notes.
 
-    A volume beyond five times, or below a fifth of, the organ's median, or a side of the box beyond three times its median.
+    A volume beyond five times, or below a fifth of, the organ's median, or a side of the box beyond three
+    times its median.
     """
     notes: dict[str, list[str]] = {}
     for organ in sorted({organ for report in reports for organ in report.sizes}):
@@ -99,10 +105,14 @@ def outliers(reports: list[CaseReport]) -> dict[str, list[str]]:
         for name, size in found.items():
             ratio = size.volume_mm3 / middle
             if not 0.2 <= ratio <= 5:
-                notes.setdefault(name, []).append(f"{organ}: its volume, {size.volume_mm3:.0f} mm3, is {ratio:.2g} of the median")
+                notes.setdefault(name, []).append(
+                    f"{organ}: its volume, {size.volume_mm3:.0f} mm3, is {ratio:.2g} of the median"
+                )
             elif (np.array(size.extent_mm) > OUTLYING * sides).any():
                 box = " x ".join(f"{side:.0f}" for side in size.extent_mm)
-                notes.setdefault(name, []).append(f"{organ}: its box of {box} mm is far above the median, stray voxels?")
+                notes.setdefault(name, []).append(
+                    f"{organ}: its box of {box} mm is far above the median, stray voxels?"
+                )
     return notes
 
 
@@ -120,15 +130,23 @@ def _finish(data: Path, cache: Path, config: DataConfig, reports: list[CaseRepor
 
 def _small_organs(sizes: dict[str, list[OrganSize]], config: DataConfig) -> set[str]:
     if config.small_organs is None:
-        return {name for name, found in sizes.items() if np.mean([size.voxels for size in found]) < config.small_voxels}
+        return {
+            name
+            for name, found in sizes.items()
+            if np.mean([size.voxels for size in found]) < config.small_voxels
+        }
     small = {canonical_name(name) for name in config.small_organs}
     absent = sorted(small.difference(sizes))
     if absent:
-        raise FocusNetError(f"data.small_organs has {absent[0]}, which is none of the organs: {', '.join(sizes)}")
+        raise FocusNetError(
+            f"data.small_organs has {absent[0]}, which is none of the organs: {', '.join(sizes)}"
+        )
     return small
 
 
-def _organ_plan(name: str, found: list[OrganSize], small: bool, reference: float, config: DataConfig) -> OrganPlan:
+def _organ_plan(
+    name: str, found: list[OrganSize], small: bool, reference: float, config: DataConfig
+) -> OrganPlan:
     volume = float(np.mean([size.volume_mm3 for size in found]))
     sides = np.array([size.extent_mm for size in found])
     sides = np.where(sides <= OUTLYING * np.median(sides, axis=0), sides, np.nan)
@@ -173,7 +191,9 @@ def _print_reports(console: Console, reports: list[CaseReport]) -> None:
             console.print(f"[yellow]note[/]     {report.name}: ", _plain(note), sep="")
     bad = sum(bool(report.problems) for report in reports)
     noted = sum(bool(report.notes or report.name in odd) and not report.problems for report in reports)
-    console.print(f"{len(reports)} cases: {len(reports) - bad - noted} clean, {noted} usable with notes, {bad} unusable")
+    console.print(
+        f"{len(reports)} cases: {len(reports) - bad - noted} clean, {noted} usable with notes, {bad} unusable"
+    )
 
 
 def _plain(text: str) -> str:
@@ -183,9 +203,12 @@ def _plain(text: str) -> str:
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
-    table = Table(title=f"Plan at {_by(plan.spacing)} mm (z, y, x)")
-    for column in ("label", "organ", "cases", "volume mm3", "voxels", "diameter mm", "box mm", "small", "ROI voxels", "alpha"):
-        table.add_column(column, justify="left" if column == "organ" else "right")
+    table = Table(
+        "#", "organ", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"Plan at {_by(plan.spacing)} mm (z, y, x)"
+    )
+    table.columns[1].no_wrap = True
+    for column in ("cases", "mm3", "voxels", "diam. mm", "box mm", "small: ROI", "alpha"):
+        table.add_column(column, justify="right", no_wrap=True)
     for value, organ in enumerate(plan.organs, start=1):
         table.add_row(
             str(value),
@@ -194,13 +217,15 @@ def _print_plan(console: Console, plan: Plan) -> None:
             f"{organ.volume_mm3:.0f}",
             f"{organ.voxels:.0f}",
             f"{organ.diameter_mm:.1f}",
-            " x ".join(f"{side:.0f}" for side in organ.extent_mm),
-            "yes" if organ.small else "",
-            _by(organ.roi_size) if organ.roi_size else "",
+            "x".join(f"{side:.0f}" for side in organ.extent_mm),
+            "x".join(str(side) for side in organ.roi_size or ()) or "-",
             f"{organ.alpha:.2f}",
         )
     console.print(table)
-    console.print(f"voxels: on the original grids; alpha of the background: {plan.background_alpha:g}")
+    console.print(
+        "means over the cases with the organ; voxels on the original grids, ROI in prepared ones; "
+        f"alpha of the background {plan.background_alpha:g}"
+    )
 
 
 def _by(numbers: tuple[float, float, float]) -> str:
@@ -209,9 +234,18 @@ def _by(numbers: tuple[float, float, float]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 if a case is unusable and `--skip-bad` was not given."""
-    parser = command_parser("prepare", "DATA", "Check a data set, measure its organs, fill the cache and print the plan.")
-    parser.add_argument("source", type=Path, metavar="DATA", help="folder of cases with images and contours (see docs/data.md)")
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="folder for the prepared data and plan.json")
+    parser = command_parser(
+        "prepare", "DATA", "Check a data set, measure its organs, fill the cache and print the plan."
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="DATA",
+        help="folder of cases with images and contours (see docs/data.md)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/cache"), help="folder for the prepared data and plan.json"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable cases instead of failing")
     add_config(parser)
     arguments = parse(parser, argv)
@@ -220,7 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     reports = prepare_cases(find_cases(arguments.source), arguments.cache, config)
     _print_reports(console, reports)
     if any(report.problems for report in reports) and not arguments.skip_bad:
-        Console(stderr=True, soft_wrap=True).print("error: unusable cases; repair them, or leave them out with --skip-bad")
+        Console(stderr=True, soft_wrap=True).print(
+            "error: unusable cases; repair them, or leave them out with --skip-bad"
+        )
         return EXIT_ERROR
     _print_plan(console, _finish(arguments.source, arguments.cache, config, reports))
     console.print(f"saved {arguments.cache / 'plan.json'}")

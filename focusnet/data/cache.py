@@ -1,7 +1,8 @@
-"""The cache: every case prepared once, as memory-mappable arrays beside a record of what was measured and found.
+"""The cache: every case prepared once, as memory-mappable arrays beside a record of what was found.
 
-`<cache>/cases/<name>.image.npy` (int16 HU), `<name>.labels.npy` (uint8) and `<name>.json`. The record is written last and
-holds the arrays' checksums, so that an interrupted, changed or damaged case is noticed and prepared again.
+`<cache>/cases/<name>.image.npy` (int16 HU), `<name>.labels.npy` (uint8) and `<name>.json`. The record is
+written last and holds the arrays' checksums, so that an interrupted, changed or damaged case is noticed and
+prepared again.
 """
 
 import dataclasses
@@ -39,7 +40,8 @@ _PLAN_FIELDS = ("small_organs", "small_voxels", "roi_scale", "roi_size")
 
 @dataclass
 class OrganSize:
-    """One organ of one case on its original grid: voxels, mm3, and the sides (z, y, x) of its bounding box in mm."""
+    """One organ of one case on its original grid: voxels, mm3, and the sides (z, y, x) of its bounding box in
+    mm."""
 
     voxels: int
     volume_mm3: float
@@ -70,7 +72,8 @@ class CaseReport:
 
 
 def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[CaseReport]:
-    """Check and prepare cases, reusing what the cache holds; two processes share the work when there is much of it.
+    """Check and prepare cases, reusing what the cache holds; two processes share the work when there is much
+    of it.
 
     Returns:
         One report per case, in the order of `cases`; unusable ones have `problems` and no arrays.
@@ -85,7 +88,9 @@ def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[Ca
         cached = _load(cache, case.name, fingerprints[case.name])
         if cached is not None:
             reports[case.name] = cached
-    jobs = [(case, cache, config, values, fingerprints[case.name]) for case in cases if case.name not in reports]
+    jobs = [
+        (case, cache, config, values, fingerprints[case.name]) for case in cases if case.name not in reports
+    ]
     for report in _progress(_run(jobs), len(jobs)):
         reports[report.name] = report
     return [reports[case.name] for case in cases]
@@ -122,7 +127,9 @@ def wanted_organs(config: DataConfig) -> list[str] | None:
     names = [canonical_name(name) for name in config.organs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
-        raise FocusNetError(f"data.organs names {twice[0]} twice" if twice else "data.organs is empty, expected names or null")
+        raise FocusNetError(
+            f"data.organs names {twice[0]} twice" if twice else "data.organs is empty, expected names or null"
+        )
     return names
 
 
@@ -140,7 +147,10 @@ def _run(jobs: list[Job]) -> Iterator[CaseReport]:
         for future in as_completed([pool.submit(_build, job) for job in jobs]):
             yield future.result()
     except BrokenProcessPool as error:
-        raise FocusNetError("a process that prepares cases died, probably for lack of memory; run it again to go on") from error
+        raise FocusNetError(
+            "a process that prepares cases died: memory ran out, or a script calls this "
+            "without `if __name__ == '__main__':`"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -172,7 +182,10 @@ def _build(job: Job) -> CaseReport:
         return report
     prepared = prepare_image(image, config)
     if min(prepared.array.shape) < MIN_VOXELS:
-        report.problems.append(f"only {_times(prepared.array.shape)} voxels at {_times(config.spacing)} mm, expected {MIN_VOXELS} or more")
+        size, spacing = _times(prepared.array.shape), _times(config.spacing)
+        report.problems.append(
+            f"its body is only {size} voxels at {spacing} mm, expected {MIN_VOXELS} or more"
+        )
         return report
     _check_cropping(painted, body_box(image, config.body_margin_mm), values, report)
     labels = _as_values(resample(Volume(painted, image.grid), prepared.grid, labels=True).array, values)
@@ -199,13 +212,15 @@ def _read_ct(case: Case, report: CaseReport) -> tuple[Volume | None, Grid | None
         return None, None
     if min(volume.array.shape) < MIN_VOXELS:
         report.problems.append(
-            f"{case.image} has only {_times(volume.array.shape)} voxels (z, y, x), expected {MIN_VOXELS} or more along each axis"
+            f"{case.image} has only {_times(volume.array.shape)} voxels (z, y, x), "
+            f"expected {MIN_VOXELS} or more along each axis"
         )
     return reorient(volume), volume.grid
 
 
 def _paint(case: Case, grid: Grid | None, values: list[str], report: CaseReport) -> np.ndarray | None:
-    """Label map (uint8) along the patient's axes of each organ's rank in `overlap_order`: the smaller organ has the larger one."""
+    """Label map (uint8) along the patient's axes of each organ's rank in `overlap_order`: the smaller organ
+    has the larger one."""
     ranks = {organ: rank for rank, organ in enumerate(overlap_order(values), start=1)}
     painted: np.ndarray | None = None
     found = 0
@@ -225,7 +240,9 @@ def _paint(case: Case, grid: Grid | None, values: list[str], report: CaseReport)
                     continue
                 inside = mask.array[box]
                 report.sizes[organ] = _size(inside, mask.grid)
-                np.maximum(painted[box], np.where(inside, np.uint8(ranks[organ]), np.uint8(0)), out=painted[box])
+                np.maximum(
+                    painted[box], np.where(inside, np.uint8(ranks[organ]), np.uint8(0)), out=painted[box]
+                )
         except FocusNetError as error:
             report.problems.append(str(error))
     if not report.sizes and not report.problems:
@@ -239,7 +256,9 @@ def _parts(case: Case, values: list[str]) -> Iterator[Case]:
         yield dataclasses.replace(case, masks={}, problems=())
     for organ in sorted(case.masks):
         if organ in values:
-            yield dataclasses.replace(case, masks={organ: case.masks[organ]}, multilabel=None, label_values={}, problems=())
+            yield dataclasses.replace(
+                case, masks={organ: case.masks[organ]}, multilabel=None, label_values={}, problems=()
+            )
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
@@ -260,7 +279,9 @@ def _size(inside: np.ndarray, grid: Grid) -> OrganSize:
     return OrganSize(voxels, voxels * grid.voxel_mm3, (z, y, x))
 
 
-def _check_cropping(painted: np.ndarray, box: tuple[slice, ...], values: list[str], report: CaseReport) -> None:
+def _check_cropping(
+    painted: np.ndarray, box: tuple[slice, ...], values: list[str], report: CaseReport
+) -> None:
     before, after = (np.bincount(part.ravel(), minlength=256) for part in (painted, painted[box]))
     for rank, organ in enumerate(overlap_order(values), start=1):
         lost = 1 - after[rank] / before[rank] if before[rank] else 0
@@ -284,7 +305,9 @@ def _record(labels: np.ndarray, values: list[str], report: CaseReport) -> CaseRe
     for value, (organ, box) in enumerate(zip(values, boxes, strict=True), start=1):
         if box is None:
             if report.sizes.pop(organ, None) is not None:
-                report.notes.append(f"{organ}: nothing of it is left on the prepared grid, it counts as not contoured")
+                report.notes.append(
+                    f"{organ}: nothing of it is left on the prepared grid, it counts as not contoured"
+                )
             continue
         points = np.nonzero(labels[box] == value)
         center = [float(along.mean() + side.start) for along, side in zip(points, box, strict=True)]

@@ -61,8 +61,8 @@ class Case:
 def find_cases(root: Path) -> list[Case]:
     """The cases in a folder, sorted by name; nothing but file names and label tables is read.
 
-    `root` may be a data set or a single case. What is wrong with a case becomes its `problems` and `unknown`, so that one odd
-    file does not hide the rest.
+    `root` may be a data set or a single case. What is wrong with a case becomes its `problems` and `unknown`,
+    so that one odd file does not hide the rest.
 
     Raises:
         FocusNetError: the folder does not exist or holds no case.
@@ -73,20 +73,25 @@ def find_cases(root: Path) -> list[Case]:
     if (root / "labelsTr").is_dir() or (root / "imagesTr").is_dir():
         cases = _nnunet_cases(root)
     else:
-        folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        folders = sorted(
+            folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+        )
         cases = [case for folder in folders if (case := _case_in(folder)) is not None]
         own = _case_in(root) if not cases else None
         cases = cases or ([own] if own is not None else [])
     if not cases:
         raise FocusNetError(
-            f"no cases in {root}: expected <case>/img.nrrd with <case>/structures/<Organ>.nrrd, <case>/segmentations/, "
-            "<case>/labels.nii.gz with labels.json, HaN-Seg's names, or imagesTr/ and labelsTr/"
+            f"no cases in {root}: expected <case>/img.nrrd with <case>/structures/<Organ>.nrrd, "
+            "<case>/segmentations/, <case>/labels.nii.gz with labels.json, HaN-Seg's names, or imagesTr/ and labelsTr/"
         )
     return sorted(cases, key=lambda case: case.name)
 
 
-def iter_masks(case: Case, grid: Grid | None = None, *, allow_unknown: bool = False) -> Iterator[tuple[str, np.ndarray, Grid]]:
-    """Yield (organ, mask, grid) one by one, sorted by organ, so that large data sets need not fit into memory.
+def iter_masks(
+    case: Case, grid: Grid | None = None, *, allow_unknown: bool = False
+) -> Iterator[tuple[str, np.ndarray, Grid]]:
+    """Yield (organ, mask, grid) one by one, sorted by organ, so that large data sets need not fit into
+    memory.
 
     Args:
         case: The case.
@@ -131,7 +136,9 @@ def read_masks(case: Case, grid: Grid | None = None) -> tuple[dict[str, np.ndarr
 def _multilabel_masks(case: Case, path: Path, grid: Grid | None) -> Iterator[tuple[str, np.ndarray, Grid]]:
     volume = read_labels(path)
     grid = _same_grid(path, volume.grid, grid)
-    unnamed = [value for value in np.unique(volume.array).tolist() if value and value not in case.label_values]
+    unnamed = [
+        value for value in np.unique(volume.array).tolist() if value and value not in case.label_values
+    ]
     if unnamed and not case.unknown:
         raise FocusNetError(f"{path} holds label {unnamed[0]}, which its label table does not name")
     for organ in sorted(set(case.label_values.values())):
@@ -167,7 +174,9 @@ def _stem(path: Path) -> str:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and _stem(path))
+    return sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and _stem(path)
+    )
 
 
 def _case_in(folder: Path) -> Case | None:
@@ -219,7 +228,8 @@ def _read_json(path: Path) -> object:
 
 
 def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str, ...]]:
-    """{value: organ} from {"1": "Brainstem"} or {"Brainstem": 1} without the background; and the unknown organs' errors."""
+    """{value: organ} from {"1": "Brainstem"} or {"Brainstem": 1} without the background; and the unknown
+    organs' errors."""
     if not isinstance(table, dict):
         raise FocusNetError(f"{path} holds no label table, expected {{value: organ}}")
     values, unknown = {}, []
@@ -239,12 +249,19 @@ def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str,
 def _nnunet_cases(root: Path) -> list[Case]:
     table = root / "dataset.json"
     content = _read_json(table)
-    labels = {_stem(path): path for path in _images(root / "labelsTr")} if (root / "labelsTr").is_dir() else {}
+    labels = (
+        {_stem(path): path for path in _images(root / "labelsTr")} if (root / "labelsTr").is_dir() else {}
+    )
     images = {}
     if (root / "imagesTr").is_dir():
-        images = {_stem(path).removesuffix("_0000"): path for path in _images(root / "imagesTr") if _stem(path).endswith("_0000")}
+        images = {
+            _stem(path).removesuffix("_0000"): path
+            for path in _images(root / "imagesTr")
+            if _stem(path).endswith("_0000")
+        }
     values, unknown = _label_values(table, content.get("labels") if isinstance(content, dict) else None)
     unlabelled = [Case(name, images[name]) for name in images if name not in labels]
     return unlabelled + [
-        Case(name, images.get(name), multilabel=path, label_values=values, unknown=unknown) for name, path in labels.items()
+        Case(name, images.get(name), multilabel=path, label_values=values, unknown=unknown)
+        for name, path in labels.items()
     ]

@@ -1,6 +1,7 @@
 """Images and label maps on disk and in memory: reading, writing and resampling with their whole geometry.
 
-Arrays and the shape and spacing of a grid are ordered (z, y, x); origin and direction are SimpleITK's (x, y, z), LPS, in mm.
+Arrays and the shape and spacing of a grid are ordered (z, y, x); origin and direction are SimpleITK's (x, y,
+z), LPS, in mm.
 """
 
 import gzip
@@ -77,13 +78,15 @@ class Volume:
 
 
 def read_image(path: Path) -> Volume:
-    """Read a CT: a NRRD, NIfTI or MetaImage file, or a folder with a DICOM series (the CT series with the most slices).
+    """Read a CT: a NRRD, NIfTI or MetaImage file, or a folder with a DICOM series (the CT series with the
+    most slices).
 
     Returns:
         HU as int16, or as float32 where the file holds fractions or values that int16 cannot.
 
     Raises:
-        FocusNetError: the file is unreadable, truncated or not a 3D scalar image, has NaN or infinite voxels or a singular
+        FocusNetError: the file is unreadable, truncated or not a 3D scalar image, has NaN or infinite voxels
+        or a singular
             direction; a DICOM folder holds no CT, or its slices have gaps.
     """
     path = Path(path)
@@ -130,7 +133,8 @@ def read_grid(path: Path) -> Grid:
 
 
 def write_labels(path: Path, array: np.ndarray, grid: Grid) -> None:
-    """Write a label map (z, y, x) atomically and compressed; ".nii.gz", ".nrrd" or ".mha" in the name chooses the format.
+    """Write a label map (z, y, x) atomically and compressed; ".nii.gz", ".nrrd" or ".mha" in the name chooses
+    the format.
 
     Booleans and labels up to 255 are stored as uint8, others as uint16.
 
@@ -169,7 +173,8 @@ def _write(path: Path, array: np.ndarray, grid: Grid) -> None:
 
 
 def resample(volume: Volume, grid: Grid, *, labels: bool = False, fill: float = 0) -> Volume:
-    """Sample `volume` at the voxels of `grid`: linearly, or nearest with `labels`; outside of the volume is `fill`.
+    """Sample `volume` at the voxels of `grid`: linearly, or nearest with `labels`; outside of the volume is
+    `fill`.
 
     Returns:
         A volume of the same dtype; integers are rounded.
@@ -193,7 +198,9 @@ def resample(volume: Volume, grid: Grid, *, labels: bool = False, fill: float = 
         source.GetPixelID() if labels else sitk.sitkFloat32,
     )
     values = sitk.GetArrayViewFromImage(image)
-    return Volume(values.astype(dtype) if labels or dtype.kind == "f" else np.rint(values).astype(dtype), grid)
+    return Volume(
+        values.astype(dtype) if labels or dtype.kind == "f" else np.rint(values).astype(dtype), grid
+    )
 
 
 def resampled_grid(grid: Grid, spacing: tuple[float, float, float]) -> Grid:
@@ -207,7 +214,12 @@ def resampled_grid(grid: Grid, spacing: tuple[float, float, float]) -> Grid:
         return grid
     # voxel of the old grid in whose coordinates the first voxel of the new grid lies
     first = (extent - (shape - 1) * np.array(spacing)) / (2 * np.array(grid.spacing)) - 0.5
-    return Grid(_triple(shape.tolist()), _triple(map(float, spacing)), _triple(grid.point(first).tolist()), grid.direction)
+    return Grid(
+        _triple(shape.tolist()),
+        _triple(map(float, spacing)),
+        _triple(grid.point(first).tolist()),
+        grid.direction,
+    )
 
 
 def cropped_grid(grid: Grid, box: tuple[slice, slice, slice]) -> Grid:
@@ -257,7 +269,9 @@ def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:
         _check_finite(values, path)
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
-        raise FocusNetError(f"{path} is no label map: its values reach from {low:g} to {high:g}, expected 0 to 65535")
+        raise FocusNetError(
+            f"{path} is no label map: its values reach from {low:g} to {high:g}, expected 0 to 65535"
+        )
     labels = values.astype(np.uint8 if high <= 255 else np.uint16)
     if values.dtype.kind == "f" and not np.array_equal(labels, values):
         raise FocusNetError(f"{path} is no label map: it holds fractions, expected whole numbers")
@@ -277,10 +291,14 @@ def _grid_of(image: "sitk.Image", path: Path) -> Grid:
 def _checked_grid(size: Any, spacing: Any, origin: Any, direction: Any, path: Path) -> Grid:
     geometry = np.array([*spacing, *origin, *direction])
     if not np.isfinite(geometry).all() or min(spacing) <= 0:
-        raise FocusNetError(f"{path} has spacing {_short(spacing)} and origin {_short(origin)}, expected finite lengths in mm")
+        raise FocusNetError(
+            f"{path} has spacing {_short(spacing)} and origin {_short(origin)}, expected finite lengths in mm"
+        )
     determinant = np.linalg.det(np.reshape(direction, (3, 3)))
     if abs(abs(determinant) - 1) > 1e-2:
-        raise FocusNetError(f"{path} has a direction matrix of determinant {determinant:.3g}, expected a rotation")
+        raise FocusNetError(
+            f"{path} has a direction matrix of determinant {determinant:.3g}, expected a rotation"
+        )
     return Grid(_triple(size[::-1]), _triple(spacing[::-1]), _triple(origin), tuple(direction))
 
 
@@ -320,7 +338,11 @@ def _check_name(path: Path) -> None:
     if not path.exists():
         raise FocusNetError(f"cannot read {path}: no such file")
     if not path.name.lower().endswith(SUFFIXES):
-        hint = "; give the folder of a DICOM series, not a slice" if path.suffix.lower() in ("", ".dcm", ".ima") else ""
+        hint = (
+            "; give the folder of a DICOM series, not a slice"
+            if path.suffix.lower() in ("", ".dcm", ".ima")
+            else ""
+        )
         raise FocusNetError(f"cannot read {path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")
 
 
@@ -335,7 +357,9 @@ def _read_file(path: Path) -> "sitk.Image":
     channels = image.GetNumberOfComponentsPerPixel()
     if image.GetDimension() != 3 or channels != 1:
         shape = "x".join(map(str, image.GetSize()))
-        raise FocusNetError(f"{path} is {image.GetDimension()}D ({shape}) with {channels} channels, expected 3D with 1")
+        raise FocusNetError(
+            f"{path} is {image.GetDimension()}D ({shape}) with {channels} channels, expected 3D with 1"
+        )
     return image
 
 
@@ -385,7 +409,9 @@ def _check_mha(path: Path, file: BinaryIO) -> None:
     if fields["ElementDataFile"] != "LOCAL":
         return
     try:
-        voxels = int(np.prod([int(n) for n in fields["DimSize"].split()])) * int(fields.get("ElementNumberOfChannels", 1))
+        voxels = int(np.prod([int(n) for n in fields["DimSize"].split()])) * int(
+            fields.get("ElementNumberOfChannels", 1)
+        )
         size = _MHA_BYTES[fields["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
         compressed = fields.get("CompressedData", "False") == "True"
         expected = int(fields.get("CompressedDataSize", 0)) if compressed else voxels * size
@@ -416,7 +442,9 @@ def _read_series(folder: Path) -> "sitk.Image":
     reader.SetFileNames(files)
     image = reader.Execute()
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or image.GetSize()[2] < 2:
-        raise FocusNetError(f"{folder} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices")
+        raise FocusNetError(
+            f"{folder} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices"
+        )
     return image
 
 
@@ -438,7 +466,9 @@ def _sorted_slices(folder: Path, files: Iterable[str]) -> list[str]:
             position = [float(v) for v in tags["0020|0032"].split("\\")]
             axes = np.array([float(v) for v in tags["0020|0037"].split("\\")]).reshape(2, 3)
         except (KeyError, ValueError) as error:
-            raise FocusNetError(f"cannot read {file}: no image position or orientation, expected a CT slice") from error
+            raise FocusNetError(
+                f"cannot read {file}: no image position or orientation, expected a CT slice"
+            ) from error
         positions.append(np.array(position))
         names.append(file)
         if len(names) == 1:
@@ -453,19 +483,21 @@ def _sorted_slices(folder: Path, files: Iterable[str]) -> list[str]:
     spacing = float(np.median(steps))
     if spacing < 1e-3 or steps.min() < 1e-3:
         at = along[int(np.argmin(steps))]
-        raise FocusNetError(f"cannot read {folder}: two slices lie at the same position, {at:.2f} mm along the normal")
+        raise FocusNetError(
+            f"cannot read {folder}: two slices lie at the same position, {at:.2f} mm along the normal"
+        )
     uneven = np.abs(steps - spacing) > max(0.02 * spacing, 0.01)
     if uneven.any():
         at = int(np.argmax(uneven))
         raise FocusNetError(
-            f"cannot read {folder}: slices are missing or uneven between {along[at]:.2f} and {along[at + 1]:.2f} mm "
-            f"along the normal (a step of {steps[at]:.2f} mm, {spacing:.2f} mm elsewhere)"
+            f"cannot read {folder}: slices are missing or uneven between {along[at]:.2f} and "
+            f"{along[at + 1]:.2f} mm along the normal (a step of {steps[at]:.2f} mm, {spacing:.2f} mm elsewhere)"
         )
     shift = positions[order[-1]] - positions[order[0]]
     drift = float(np.linalg.norm(shift - (shift @ normal) * normal))
     if drift > 1.0:
         raise FocusNetError(
-            f"cannot read {folder}: each slice is shifted in its plane ({drift:.1f} mm from first to last, a tilted gantry); "
+            f"cannot read {folder}: each slice is shifted in its plane ({drift:.1f} mm in all, a tilted gantry); "
             "resample it to an upright grid first"
         )
     return [names[index] for index in order]

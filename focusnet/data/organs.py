@@ -1,6 +1,6 @@
-"""One vocabulary of organs: AAPM TG-263 names, and what PDDCA, DeepMind, OpenKBP, SegRap and HaN-Seg call them.
+"""One vocabulary of organs: AAPM TG-263 names, and the names of the public data sets.
 
-The few substructures that TG-263 does not name (of the inner ear, larynx and neck) keep their data set's own name.
+The few substructures without a TG-263 name (of the inner ear, larynx and neck) keep their data set's own.
 """
 
 import difflib
@@ -25,7 +25,7 @@ class Organ:
     aliases: tuple[str, ...] = ()
 
 
-# typical volumes: means over the public sets' contours where these have the organ, orders of magnitude elsewhere
+# typical volumes: means over the public sets' contours, orders of magnitude where these lack the organ
 _MIDLINE = (
     Organ("Brain", 1_400_000),
     Organ("Brainstem", 27_400),
@@ -82,13 +82,18 @@ def _sides(organ: Organ) -> list[Organ]:
     names = (organ.name, *organ.aliases)
     sides = []
     for letter, short, word in (("L", "Lt", "Left"), ("R", "Rt", "Right")):
-        aliases = [alias for name in names for alias in (f"{name}_{letter}", f"{name}_{short}", f"{name}_{word}", f"{word}_{name}")]
+        aliases = [
+            alias
+            for name in names
+            for alias in (f"{name}_{letter}", f"{name}_{short}", f"{name}_{word}", f"{word}_{name}")
+        ]
         sides.append(Organ(aliases[0], organ.volume_mm3, tuple(aliases[1:])))
     return sides
 
 
 ORGANS: dict[str, Organ] = {
-    organ.name: organ for organ in (*_MIDLINE, *(side for pair in _PAIRED for side in _sides(pair)), *_EYE_SEGMENTS)
+    organ.name: organ
+    for organ in (*_MIDLINE, *(side for pair in _PAIRED for side in _sides(pair)), *_EYE_SEGMENTS)
 }
 
 
@@ -114,13 +119,15 @@ def canonical_name(name: str) -> str:
 
 
 def mirror_name(name: str) -> str:
-    """The organ that a left-right mirrored `name` (TG-263) is: "Lens_L" <-> "Lens_R"; midline organs are themselves."""
+    """The organ that a left-right mirrored `name` (TG-263) is: "Lens_L" <-> "Lens_R"; midline organs are
+    themselves."""
     other = name[:-1] + {"L": "R", "R": "L"}.get(name[-1:], name[-1:])
     return other if other in ORGANS else name
 
 
 def overlap_order(names: Iterable[str]) -> list[str]:
-    """The order in which to paint `names` (TG-263) into one label map: large organs first, so that the smaller one wins.
+    """The order in which to paint `names` (TG-263) into one label map: large organs first, so that the
+    smaller one wins.
 
     The order depends on the typical volumes alone, never on a case; equal volumes are painted by name.
     """

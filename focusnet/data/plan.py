@@ -1,4 +1,4 @@
-"""What was measured on the training data and derived from it: organs, small organs, ROI sizes, loss weights, cases."""
+"""The plan: what was measured on the training data, and what follows from it."""
 
 import dataclasses
 import json
@@ -109,7 +109,9 @@ class Plan:
     def save(self, path: Path) -> None:
         """Write JSON, atomically."""
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
@@ -140,7 +142,11 @@ def case_record(content: dict[str, Any]) -> CaseRecord:
 def _organ(content: dict[str, Any]) -> OrganPlan:
     roi_size = content["roi_size"]
     return OrganPlan(
-        **{**content, "extent_mm": _floats(content["extent_mm"]), "roi_size": None if roi_size is None else _ints(roi_size)}
+        **{
+            **content,
+            "extent_mm": _floats(content["extent_mm"]),
+            "roi_size": None if roi_size is None else _ints(roi_size),
+        }
     )
 
 

@@ -1,7 +1,8 @@
 """From a CT to the network's grid and back.
 
-The prepared grid runs along the patient's axes (z to superior, y to posterior, x to the patient's left, as far as the scan's own
-direction allows), so that left and right organs look the same whatever way a file stores its voxels.
+The prepared grid runs along the patient's axes (z to superior, y to posterior, x to the patient's left, as
+far as the scan's own direction allows), so that left and right organs look the same whatever way a file
+stores its voxels.
 """
 
 from itertools import permutations
@@ -20,30 +21,36 @@ Array = TypeVar("Array", "np.ndarray", "Tensor")
 
 BODY_HU = -300
 _COARSE_MM = 4.0
+_SIZABLE = 0.01
 
 
 def body_box(volume: Volume, margin_mm: float = 10.0) -> Box:
     """The box (z, y, x) of the patient, found from HU alone, with a margin around it.
 
-    The largest connected part above -300 HU on a coarse copy, after an opening that cuts off the couch; the whole volume if
-    there is none.
+    The largest part above -300 HU on a coarse copy, after an opening that cuts off the couch. Along z every
+    part of at least 1 % of its size counts, so that a CT that was masked to the planned region keeps its thin
+    ends. The whole volume if there is no body.
     """
     from scipy import ndimage
 
     spacing = np.array(volume.grid.spacing)
     step = np.maximum(1, np.round(_COARSE_MM / spacing).astype(int))
     tissue = volume.array[:: step[0], :: step[1], :: step[2]] > BODY_HU
-    # padding with True: the erosion must not eat a body that is cut by the volume's faces
-    opened = ndimage.binary_erosion(tissue, border_value=1)
-    parts, count = ndimage.label(opened)
+    # padded with True: erosion must not eat a body that the volume's faces cut
+    core, count = ndimage.label(ndimage.binary_erosion(tissue, border_value=1))
     if count == 0:
         return _whole(volume)
-    body = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    body = ndimage.binary_dilation(body, iterations=2, mask=tissue)
+    core = core == 1 + np.argmax(np.bincount(core.ravel())[1:])
+    parts, _ = ndimage.label(tissue)
+    volumes = np.bincount(parts.ravel())
+    volumes[0] = 0
+    sizable = (volumes >= max(1, _SIZABLE * volumes.max()))[parts]
+    body = ndimage.binary_dilation(core, iterations=2, mask=tissue)
     margin = np.ceil(margin_mm / spacing).astype(int)
     sides = []
     for axis, size in enumerate(volume.array.shape):
-        used = np.flatnonzero(body.any(axis=tuple(a for a in range(3) if a != axis)))
+        part = sizable if axis == 0 else body
+        used = np.flatnonzero(part.any(axis=tuple(a for a in range(3) if a != axis)))
         start = max(0, int(used[0] * step[axis] - margin[axis]))
         stop = min(size, int((used[-1] + 1) * step[axis] + margin[axis]))
         sides.append(slice(start, stop))
@@ -51,9 +58,12 @@ def body_box(volume: Volume, margin_mm: float = 10.0) -> Box:
 
 
 def reorient(volume: Volume) -> Volume:
-    """The same voxels (a view) ordered along the patient's axes: z to superior, y to posterior, x to the left."""
+    """The same voxels (a view) ordered along the patient's axes: z to superior, y to posterior, x to the
+    left."""
     columns = np.reshape(volume.grid.direction, (3, 3))
-    order = max(permutations(range(3)), key=lambda axes: sum(abs(columns[row, axis]) for row, axis in enumerate(axes)))
+    order = max(
+        permutations(range(3)), key=lambda axes: sum(abs(columns[row, axis]) for row, axis in enumerate(axes))
+    )
     flip = [columns[row, axis] < 0 for row, axis in enumerate(order)]
     if list(order) == [0, 1, 2] and not any(flip):
         return volume
