@@ -42,7 +42,7 @@ from .metrics import (
     volume_diagonal,
 )
 
-SMALL_MM3 = 2500.0  # 1000 voxels, the paper's bound, at 1 x 1 x 2.5 mm
+SMALL_MM3 = 2500.0  # 1000 voxels of the default grid, 1 x 1 x 2.5 mm
 TABLE_WIDTH = 200  # room for every column
 
 Status = Literal["ok", "missed", "spurious", "absent"]
@@ -451,7 +451,7 @@ def _score_case(job: tuple[Case, Case, tuple[str, ...]]) -> list[OrganScore]:
 
 
 def _read_crops(case: Case, organs: Sequence[str]) -> tuple[dict[str, _Crop | None], Grid | None]:
-    """Masks cut to their boxes as soon as they are read (a whole CT's are too large to keep), and the grid."""
+    """Masks cut to their boxes as soon as they are read (a CT's own are too large to keep), and the grid."""
     crops: dict[str, _Crop | None] = {}
     grid: Grid | None = None
     wanted = {organ: path for organ, path in case.masks.items() if organ in organs}
@@ -502,10 +502,16 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path | None, help="folder for cases.csv, table.txt, table.csv, results.json"
     )
     parser.add_argument(
-        "--organs", type=str, nargs="+", help="organs to compare (default: all that the truth has)"
+        "--organs",
+        type=str,
+        nargs="+",
+        help="after the folders: organs to compare (default: all of the truth)",
     )
     parser.add_argument(
-        "--small", type=str, nargs="+", help="organs to list apart (default: mean volume below 2.5 cm3)"
+        "--small",
+        type=str,
+        nargs="+",
+        help="after the folders: organs to list apart (default: mean volume below 2.5 cm3)",
     )
     parser.add_argument(
         "--allow-missing-cases", action="store_true", help="leave out cases that only one folder has"

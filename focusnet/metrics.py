@@ -54,7 +54,7 @@ def hausdorff95(truth: Mask, prediction: Mask, spacing: Sequence[float]) -> floa
     A mask's surface is its voxels with at least one 6-neighbour outside the mask; beyond the array's border
     is outside. Each surface voxel's distance runs from its centre to the centre of the nearest surface voxel
     of the other mask (exact, anisotropic). Percentiles interpolate linearly. If one mask is empty the result
-    is the penalty `volume_diagonal(truth.shape, spacing)`, so pass whole volumes, not crops; if both are, NaN.
+    is the penalty `volume_diagonal(truth.shape, spacing)`, so pass whole volumes, not crops; if both: NaN.
 
     Raises:
         ValueError: the shapes differ, or the spacing does not fit them.

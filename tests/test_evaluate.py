@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from focusnet.errors import FocusNetError
 from focusnet.evaluate import (
     OrganScore,
+    TableRow,
     evaluate,
     evaluate_pair,
     format_table,
@@ -92,8 +93,12 @@ def test_each_status_and_its_values() -> None:
     ok, missed, spurious = scores["Brainstem"], scores["Lens_L"], scores["Eye_L"]
     assert (ok.dsc, ok.hd95_mm, ok.center_mm) == pytest.approx((0.5, 2.0, 2.0))
     assert (ok.truth_mm3, ok.volume_difference) == pytest.approx((64 * 2.5, 0.0))
-    assert missed.dsc == 0 and missed.hd95_mm == pytest.approx(DIAGONAL) and missed.center_mm is None
-    assert spurious.dsc is None and spurious.hd95_mm is None and spurious.prediction_mm3 == pytest.approx(160)
+    assert missed.dsc == 0
+    assert missed.hd95_mm == pytest.approx(DIAGONAL)
+    assert missed.center_mm is None
+    assert spurious.dsc is None
+    assert spurious.hd95_mm is None
+    assert spurious.prediction_mm3 == pytest.approx(160)
 
 
 def test_masks_of_different_shapes_are_refused() -> None:
@@ -112,11 +117,15 @@ def test_table_counts_and_penalises_a_missed_organ() -> None:
     ]
     small, other, mean_small, mean_other, mean_all = summarize(scores, {"Lens_L"})
     assert (small.organ, small.n, small.missed, small.spurious) == ("Lens_L", 2, 1, 1)
-    assert small.dsc.mean == pytest.approx(0.35) and small.hd95_mm.mean == pytest.approx(250.5)
-    assert small.matched_dsc.mean == pytest.approx(0.7) and small.matched_dsc.sd is None
-    assert other.dsc.mean == pytest.approx(0.85) and other.dsc.sd == pytest.approx(0.1 / math.sqrt(2))
+    assert small.dsc.mean == pytest.approx(0.35)
+    assert small.hd95_mm.mean == pytest.approx(250.5)
+    assert small.matched_dsc.mean == pytest.approx(0.7)
+    assert small.matched_dsc.sd is None
+    assert other.dsc.mean == pytest.approx(0.85)
+    assert other.dsc.sd == pytest.approx(0.1 / math.sqrt(2))
     assert (mean_small.dsc.mean, mean_other.dsc.mean) == pytest.approx((0.35, 0.85))
-    assert mean_all.organ == "mean of all" and mean_all.dsc.mean == pytest.approx(0.6)
+    assert mean_all.organ == "mean of all"
+    assert mean_all.dsc.mean == pytest.approx(0.6)
     assert (mean_all.n, mean_all.missed, mean_all.spurious) == (4, 1, 1)
 
 
@@ -129,7 +138,7 @@ def test_an_organ_that_no_truth_has_gets_no_row() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 16)] * 4), min_size=1, max_size=4), st.data())
 def test_missing_an_organ_never_improves_the_mean(starts: list[tuple[int, ...]], data: st.DataObject) -> None:
-    def row(dropped: int | None):  # noqa: ANN202
+    def row(dropped: int | None) -> TableRow:
         scores = []
         for case, (y, x, v, u) in enumerate(starts):
             found = np.zeros(SHAPE) if case == dropped else _box(2, v, u)
@@ -139,7 +148,8 @@ def test_missing_an_organ_never_improves_the_mean(starts: list[tuple[int, ...]],
     complete, lacking = row(None), row(data.draw(st.integers(0, len(starts) - 1)))
     assert lacking.dsc.mean <= complete.dsc.mean
     assert lacking.hd95_mm.mean > complete.hd95_mm.mean
-    assert lacking.missed == 1 and lacking.n == complete.n
+    assert lacking.missed == 1
+    assert lacking.n == complete.n
 
 
 def test_text_shows_optional_columns_only_where_there_is_something_to_show() -> None:
@@ -148,14 +158,20 @@ def test_text_shows_optional_columns_only_where_there_is_something_to_show() -> 
         OrganScore("b", "Lens_L", "ok", 0.8, 2.0, 1.0),
     ]
     plain = table_text(summarize(found, {"Lens_L"}))
-    assert "83.8 ± 5.4" in plain and "2.17 ± 0.24" in plain
-    assert "matched" not in plain and "ROI" not in plain and "localisation" not in plain
+    assert "83.8 ± 5.4" in plain
+    assert "2.17 ± 0.24" in plain
+    assert "matched" not in plain
+    assert "ROI" not in plain
+    assert "localisation" not in plain
     located = [
         OrganScore("a", "Lens_L", "ok", 0.8, 2.0, 1.0, localisation_mm=1.5, inside_roi=True),
         OrganScore("b", "Lens_L", "missed", 0.0, 99.0, localisation_mm=2.5, inside_roi=False),
     ]
     full = table_text(summarize(located, {"Lens_L"}))
-    assert "matched" in full and "…" not in full and "2.00 ± 0.71" in full and "50" in full
+    assert "matched" in full
+    assert "…" not in full
+    assert "2.00 ± 0.71" in full
+    assert "50" in full
     assert format_table(summarize(located, set())).row_count == 2
 
 
@@ -165,9 +181,13 @@ def test_folders_of_different_layouts(folders: tuple[Path, Path]) -> None:
     # 40 and 450 mm3 are small, and in such tiny volumes so is the brainstem
     assert list(rows) == ["Brainstem", "Lens_L", "Parotid_L", "mean of all"]
     assert {row.group for row in rows.values()} == {"small", "mean"}
-    assert rows["Brainstem"].dsc.mean == pytest.approx(0.5) and rows["Brainstem"].n == 2
-    assert rows["Lens_L"].missed == 1 and rows["Lens_L"].dsc.mean == pytest.approx(0.5)
-    assert rows["Parotid_L"].spurious == 1 and rows["Parotid_L"].dsc.mean == 1 and rows["Parotid_L"].n == 1
+    assert rows["Brainstem"].dsc.mean == pytest.approx(0.5)
+    assert rows["Brainstem"].n == 2
+    assert rows["Lens_L"].missed == 1
+    assert rows["Lens_L"].dsc.mean == pytest.approx(0.5)
+    assert rows["Parotid_L"].spurious == 1
+    assert rows["Parotid_L"].dsc.mean == 1
+    assert rows["Parotid_L"].n == 1
     penalty = next(s.hd95_mm for s in evaluation.scores if s.status == "missed")
     assert penalty == pytest.approx(DIAGONAL)
 
@@ -195,7 +215,8 @@ def test_command_writes_all_files(
     assert len(cases) == len(results["scores"]) == 4
     assert {(c["case"], c["organ"]): c["status"] for c in cases}["b", "Lens_L"] == "missed"
     table = list(csv.DictReader((out / "table.csv").open()))
-    assert float(table[0]["dsc_mean"]) == pytest.approx(0.5) and table[0]["missed"] == "1"
+    assert float(table[0]["dsc_mean"]) == pytest.approx(0.5)
+    assert table[0]["missed"] == "1"
     assert "mean of all" in (out / "table.txt").read_text()
 
 
@@ -244,7 +265,8 @@ def test_an_organ_without_any_prediction_is_missed_and_said(folders: tuple[Path,
     assert any("no prediction names Parotid_L" in note for note in evaluation.notes)
     assert any("Eye_L" in note for note in evaluation.notes)
     rows = {row.organ: row for row in evaluation.rows}
-    assert rows["Parotid_L"].missed == rows["Parotid_L"].n == 1 and "Eye_L" not in rows
+    assert rows["Parotid_L"].missed == rows["Parotid_L"].n == 1
+    assert "Eye_L" not in rows
 
 
 def test_wrong_organs_are_named(folders: tuple[Path, Path]) -> None:
