@@ -1,9 +1,11 @@
 """Where each heat map has its maximum: the step from SOL-Net's maps to SOS-Net's regions of interest."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ._lib import csrc_kernel, define
 from .reference import heatmap_argmax3d as reference
 
 
@@ -35,7 +37,12 @@ def heatmap_argmax_3d(heatmaps: Tensor, *, subvoxel: bool = False) -> HeatmapPea
         ValueError: it is not five-dimensional or a spatial size is 0.
     """
     _check(heatmaps)
-    return HeatmapPeaks(*reference.forward(heatmaps, subvoxel))
+    position, value = _ArgMax.apply(heatmaps)
+    index = reference.unravel(position, heatmaps.shape[2:])
+    center = index.to(torch.float32)
+    if subvoxel:
+        center = center + reference.subvoxel_offset(heatmaps, index).to(torch.float32)
+    return HeatmapPeaks(index, value, center)
 
 
 def _check(heatmaps: Tensor) -> None:
@@ -45,3 +52,40 @@ def _check(heatmaps: Tensor) -> None:
         raise TypeError(f"heatmaps must be floating point, got {heatmaps.dtype}")
     if heatmaps.dim() != 5 or 0 in heatmaps.shape[2:]:
         raise ValueError(f"heatmaps must be (N, K, D, H, W) with D, H, W > 0, got {tuple(heatmaps.shape)}")
+
+
+class _ArgMax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+        position, value = _forward(heatmaps)
+        ctx.save_for_backward(position)
+        ctx.shape = heatmaps.shape
+        ctx.mark_non_differentiable(position)
+        return position, value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # Differentiable itself, as scatter is: no second derivative to forbid.
+        (position,) = ctx.saved_tensors
+        grad = grads[1]
+        flat = grad.new_zeros((*ctx.shape[:2], ctx.shape[2:].numel()))
+        return flat.scatter(2, position.unsqueeze(2), grad.unsqueeze(2)).view(ctx.shape)
+
+
+def _unsupported(heatmaps: Tensor) -> str | None:
+    supported = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    return None if heatmaps.dtype in supported else f"no kernel for {heatmaps.dtype}"
+
+
+def _fake_forward(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+    shape = heatmaps.shape[:2]
+    return heatmaps.new_empty(shape, dtype=torch.int64), heatmaps.new_empty(shape)
+
+
+_forward = define(
+    "heatmap_argmax_3d_fwd(Tensor heatmaps) -> (Tensor position, Tensor value)",
+    op="heatmap_argmax_3d",
+    reference=reference.argmax,
+    fake=_fake_forward,
+    cpu=[csrc_kernel("heatmap_argmax_3d", _unsupported)],
+)

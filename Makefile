@@ -1,0 +1,58 @@
+# make demo   train, predict and evaluate on synthetic cases, on a CPU
+# make test   all tests that need no GPU
+# make lint   ruff and mypy
+# make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network
+# make clean  remove what was built here; the virtual environment too
+#
+# demo, test and lint set up their own virtual environment first.
+
+VENV := .venv
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+TORCH_VERSIONS ?= 2.11.0 2.13.0
+JOBS ?= 2
+OUT ?= bench/results
+
+# The workers of pytest share the cores already.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: demo test lint gpu clean setup lock check-abi
+
+demo: setup
+	$(VENV)/bin/python -m focusnet.demo demo
+
+test: setup
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m "not gpu and not large" tests
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+gpu:
+	tools/gpu.sh "$(PYTHON)" "$(OUT)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info focuskernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+setup: $(VENV)/.installed
+
+$(VENV)/.dependencies: requirements.lock tools/setup_venv.sh
+	tools/setup_venv.sh $(VENV) $(TORCH_VERSION) "$(PYTHON)"
+	touch $@
+
+# Compiled apart from pip, which would hide what is said about kernels that were left out.
+$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py $(wildcard csrc/*)
+	rm -f focuskernels/_C*.so
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+	FOCUSKERNELS_BUILD=0 $(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# Needs uv. torch stays out of the lock: see requirements.in.
+lock:
+	echo torch | uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --excludes - \
+	    --extra dev pyproject.toml requirements.in -o requirements.lock
+
+# One wheel, built once, tried under several versions of torch; each is downloaded into an environment of its own.
+check-abi: setup
+	tools/check_wheel.sh $(VENV)/bin/python $(TORCH_VERSIONS)

@@ -1,0 +1,144 @@
+"""The only place that talks to torch.library and loads csrc; nothing here knows an op."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("focuskernels")
+
+DEVICE_TYPES = ("cpu", "cuda")
+REFERENCE = "reference"
+
+_LIBRARY = torch.library.Library("focuskernels", "DEF")
+_KERNELS: dict[str, dict[str, tuple["Kernel", ...]]] = {}
+
+
+def _works_for_any_input(*args: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fast implementation of an op for one device type. The reasons are shown to people; None means it can run."""
+
+    name: str
+    run: Callable[..., Any]
+    missing: Callable[[], str | None]  #: why it cannot run on this machine at all
+    why_not: Callable[..., str | None] = _works_for_any_input  #: why it cannot run for these arguments
+
+
+def define(
+    schema: str,
+    *,
+    op: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Sequence[Kernel] = (),
+    cuda: Sequence[Kernel] = (),
+) -> Callable[..., Any]:
+    """Declare one opaque, functional op that serves the public function `op`, and return its overload.
+
+    The first of a device's kernels that can run does, else the reference; `backends` reads the same declaration.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    for device_type, kernels in (("cpu", cpu), ("cuda", cuda)):
+        body = _without_autocast(_first_that_can(op, tuple(kernels), reference), device_type)
+        _LIBRARY.impl(name, body, device_type.upper())
+        declared = _KERNELS.setdefault(op, {}).get(device_type, ())
+        _KERNELS[op][device_type] = (*declared, *kernels)
+    torch.library.register_fake(f"focuskernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.focuskernels, name).default
+
+
+def backends(op: str) -> Iterator[tuple[str, str, str]]:
+    """(device type, backend that serves the public function `op` on this machine, why not a faster one)."""
+    for device_type in DEVICE_TYPES:
+        reasons = []
+        for kernel in _KERNELS.get(op, {}).get(device_type, ()):
+            reason = kernel.missing()
+            if reason is None:
+                yield device_type, kernel.name, "; ".join(reasons)
+                break
+            reasons.append(f"{kernel.name}: {reason}")
+        else:
+            yield device_type, REFERENCE, "; ".join(reasons) or "no kernel yet"
+
+
+def _first_that_can(
+    op: str, kernels: tuple[Kernel, ...], reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        for kernel in kernels:
+            reason = kernel.missing() or kernel.why_not(*args)
+            if reason is None:
+                return kernel.run(*args)
+            note_fallback(op, f"{kernel.name}: {reason}")
+        return reference(*args)
+
+    return run
+
+
+def _without_autocast(body: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    # The fake kernel promises dtypes that an active autocast would change inside `body`.
+    @functools.wraps(body)
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled(device_type):
+            return body(*args)
+        with torch.autocast(device_type, enabled=False):
+            return body(*args)
+
+    return run
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The dense layout an output takes from `x`: channels_last_3d, or plain contiguous when both fit."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.contiguous_format
+    return torch.channels_last_3d
+
+
+def forbid_double_backward(op: str) -> None:
+    """Call first in a backward without a second derivative."""
+    # once_differentiable stays silent when grad_output does not require grad, so look at the mode instead.
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"focuskernels.{op} has no second derivative; drop create_graph=True")
+
+
+@functools.cache
+def note_fallback(op: str, reason: str) -> None:
+    """Say once that a fast kernel was passed over; FOCUSKERNELS_STRICT=1 makes it an error."""
+    message = f"focuskernels.{op} falls back: {reason}"
+    if os.environ.get("FOCUSKERNELS_STRICT") == "1":
+        raise RuntimeError(message)
+    log.warning(message)
+
+
+@functools.cache
+def csrc_missing(library: str = "_C") -> str | None:
+    """Load a compiled library of this package once; None, or why its kernels are not there."""
+    found = sorted(Path(__file__).parent.glob(f"{library}.*so"))
+    if not found:
+        return "not built (see CONTRIBUTING.md; FOCUSKERNELS_BUILD=1 turns a skipped build into an error)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        log.warning("focuskernels: %s does not load: %s", found[0].name, error)
+        return f"{found[0].name} does not load: {error}"
+    return None
+
+
+def csrc_kernel(name: str, why_not: Callable[..., str | None] = _works_for_any_input) -> Kernel:
+    """The C++ CPU kernel `focuskernels_C::<name>`; its schema stands in csrc."""
+
+    def run(*args: Any) -> Any:
+        return getattr(torch.ops.focuskernels_C, name)(*args)
+
+    return Kernel("C++ (csrc)", run, csrc_missing, why_not)
