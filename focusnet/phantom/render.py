@@ -1,4 +1,4 @@
-"""From anatomy to voxels: one patient's variation and pose, the painting of tissues, and what a scanner adds."""
+"""From anatomy to voxels: a patient's variation and pose, the painting of tissues, what a scanner adds."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -15,18 +15,25 @@ from . import anatomy
 from .anatomy import OrganSpec, Tissue
 from .shapes import FACE, Box, Field, Local, Shape, smooth_field, smooth_min
 
-FIELDS_OF_VIEW: dict[str, tuple[float, float, float]] = {"full": (300.0, 280.0, 340.0), "head": (180.0, 192.0, 192.0)}
+FIELDS_OF_VIEW: dict[str, tuple[float, float, float]] = {
+    "full": (300.0, 280.0, 340.0),
+    "head": (180.0, 192.0, 192.0),
+}
 PAPER_ORGANS = tuple(
     name for base in anatomy.ORGANS if base != "Glnd_Submand"
     for name in ((f"{base}_L", f"{base}_R") if base in anatomy.PAIRED else (base,))
 )  # fmt: skip
 ALL_ORGANS = tuple(
-    name for base in anatomy.ORGANS for name in ((f"{base}_L", f"{base}_R") if base in anatomy.PAIRED else (base,))
+    name
+    for base in anatomy.ORGANS
+    for name in ((f"{base}_L", f"{base}_R") if base in anatomy.PAIRED else (base,))
 )
 POSE_SD = np.deg2rad([8.6, 2.6, 2.4])  # pitch, yaw, roll of heads in planning CTs
 PIVOT = np.array([0.0, 12.0, -45.0])  # the head turns about the first vertebrae ...
 BEND_MM = (-175.0, -60.0)  # ... and the neck follows, less and less, down to the chest
 AIR = -1000.0
+
+_PAINTED_LATE = {"Glnd_Lacrimal", "Cochlea", "SpinalCanal"}
 
 FieldOfView = Literal["full", "head"] | tuple[float, float, float]
 
@@ -36,7 +43,7 @@ class Patient:
     """What makes one phantom differ from the mean anatomy.
 
     Attributes:
-        seed: Seeds the patient's random streams, one per purpose, so that no choice of organs or grid moves another one.
+        seed: Seeds the random streams, one per purpose, so that no choice of organs or grid moves another.
         pose: Pitch, yaw and roll of the head in radians.
         scale: Size relative to the mean along (x, y, z).
         organs: Shape, HU and specification of every organ, whether it gets a mask or not.
@@ -57,7 +64,14 @@ class Patient:
         rng = _stream((seed, index), "patient")
         pose = rng.normal(size=3).clip(-2.2, 2.2) * POSE_SD
         scale = np.exp(rng.normal(scale=0.025) + rng.normal(scale=0.02, size=3))
-        return cls((seed, index), pose, scale, _sample_organs((seed, index)), rng.uniform(0.88, 1.1), rng.uniform(4.8, 6.6))
+        return cls(
+            (seed, index),
+            pose,
+            scale,
+            _sample_organs((seed, index)),
+            rng.uniform(0.88, 1.1),
+            rng.uniform(4.8, 6.6),
+        )
 
     def stream(self, purpose: str) -> np.random.Generator:
         """A random generator of its own for each purpose."""
@@ -68,20 +82,26 @@ class Patient:
         return self.turn(np.ones(1))[0].T @ (point * self.scale - PIVOT) + PIVOT
 
     def turn(self, weights: np.ndarray) -> np.ndarray:
-        """Rotations (K, 3, 3) from the posed into the upright frame, with the pose's angles times each weight."""
+        """Rotations (K, 3, 3) from the posed into the upright frame, with the angles times each weight."""
         pitch, yaw, roll = (angle * weights for angle in self.pose)
         zero, one = np.zeros_like(weights), np.ones_like(weights)
 
         def matrix(rows: list[list[np.ndarray]]) -> np.ndarray:
             return np.stack([np.stack(row, -1) for row in rows], -2)
 
-        about_x = matrix([[one, zero, zero], [zero, np.cos(pitch), -np.sin(pitch)], [zero, np.sin(pitch), np.cos(pitch)]])
-        about_z = matrix([[np.cos(yaw), -np.sin(yaw), zero], [np.sin(yaw), np.cos(yaw), zero], [zero, zero, one]])
-        about_y = matrix([[np.cos(roll), zero, np.sin(roll)], [zero, one, zero], [-np.sin(roll), zero, np.cos(roll)]])
+        about_x = matrix(
+            [[one, zero, zero], [zero, np.cos(pitch), -np.sin(pitch)], [zero, np.sin(pitch), np.cos(pitch)]]
+        )
+        about_z = matrix(
+            [[np.cos(yaw), -np.sin(yaw), zero], [np.sin(yaw), np.cos(yaw), zero], [zero, zero, one]]
+        )
+        about_y = matrix(
+            [[np.cos(roll), zero, np.sin(roll)], [zero, one, zero], [-np.sin(roll), zero, np.cos(roll)]]
+        )
         return about_x @ about_y @ about_z
 
     def field(self, grid: Grid, axes: list[np.ndarray]) -> Field:
-        """The phantom's own coordinates at every voxel; `axes` are the voxels' (z, y, x) positions from the brainstem."""
+        """The phantom's own coordinates at every voxel; `axes` are (z, y, x) positions from the brainstem."""
         z, y, x = axes
         t = np.clip((z - BEND_MM[0]) / (BEND_MM[1] - BEND_MM[0]), 0, 1)
         turn = self.turn(t * t * (3 - 2 * t)).astype(np.float32)
@@ -89,7 +109,9 @@ class Patient:
         points = np.empty((3, *grid.shape), np.float32)
         for i in range(3):
             line = (turn[:, i, 2] * rest[2] + np.float32(PIVOT[i]))[:, None, None]
-            points[i] = turn[:, i, 0, None, None] * rest[0] + turn[:, i, 1, None, None] * rest[1][:, None] + line
+            points[i] = (
+                turn[:, i, 0, None, None] * rest[0] + turn[:, i, 1, None, None] * rest[1][:, None] + line
+            )
             points[i] /= np.float32(self.scale[i])
         return deformed(points, self.stream("deformation"), axes, grid.spacing)
 
@@ -109,13 +131,13 @@ def make_phantom(
         index: Which patient.
         seed: Which series of patients.
         spacing: Voxel size (z, y, x) in mm.
-        field_of_view: "full" (crown to shoulders), "head" (the paper's organs and little else) or (z, y, x) in mm.
+        field_of_view: "full" (crown to shoulders), "head" (the paper's organs, little else), or (z, y, x) in mm.
         missing: Probability that nobody contoured an organ: it is in the CT, but has no mask.
         organs: Organs that get masks, TG-263 names or aliases; None takes the paper's.
 
     Returns:
-        CT as int16 HU (z, y, x), axes along LPS, and organ -> bool (z, y, x). An eye's mask holds its lens, a joint's the condyle of
-        the mandible; all others are disjoint. An organ outside of the field of view has no mask.
+        CT as int16 HU (z, y, x), axes along LPS, and organ -> bool (z, y, x). An eye's mask holds its lens, a joint's
+        the condyle of the mandible. An organ outside of the field of view has no mask.
 
     Raises:
         FocusNetError: an organ is unknown, or a number is out of range.
@@ -126,7 +148,7 @@ def make_phantom(
     patient = Patient.sample(seed, index)
     grid, axes = _grid(patient, spacing, field_of_view)
     field = patient.field(grid, axes)
-    locals_ = _locals(field, patient.organs)
+    locals_ = locals_of(field, patient.organs)
     hu = paint(patient, field, axes, locals_)
     draws = patient.stream("missing").random(len(ALL_ORGANS))
     kept = [name for name, draw in zip(ALL_ORGANS, draws, strict=True) if name in wanted and draw >= missing]
@@ -134,8 +156,10 @@ def make_phantom(
     return Volume(hu, grid), {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def deformed(points: np.ndarray, rng: np.random.Generator, axes: list[np.ndarray], spacing: tuple[float, float, float]) -> Field:
-    """Shift points (3, D, H, W) by smooth random fields: 2 mm over a hand's breadth, half a millimetre over a finger's."""
+def deformed(
+    points: np.ndarray, rng: np.random.Generator, axes: list[np.ndarray], spacing: tuple[float, float, float]
+) -> Field:
+    """Shift points (3, D, H, W) by smooth random fields: 2 mm over a palm's breadth, 0.5 mm over a finger's."""
     for i in range(3):
         points[i] += np.float32(2.0) * smooth_field(rng, axes, 45.0)
         points[i] += np.float32(0.5) * smooth_field(rng, axes, 16.0)
@@ -143,7 +167,7 @@ def deformed(points: np.ndarray, rng: np.random.Generator, axes: list[np.ndarray
 
 
 def paint(
-    patient: Patient, field: Field, axes: list[np.ndarray], organs: Mapping[str, Local | None], *, hidden: Collection[str] = ()
+    patient: Patient, field: Field, axes: list[np.ndarray], organs: Mapping[str, Local | None]
 ) -> np.ndarray:
     """The CT of a patient.
 
@@ -152,36 +176,36 @@ def paint(
         field: The phantom's coordinates at every voxel.
         axes: The voxels' (z, y, x) positions in mm from the brainstem.
         organs: Distances of the organs to paint.
-        hidden: Tissues to leave out, by the name of the table in `anatomy`.
 
     Returns:
         int16 HU (z, y, x).
     """
     canvas = Canvas.start(patient, field)
 
-    def tissues(name: str) -> None:
-        for tissue in getattr(anatomy, name) if name not in hidden else ():
+    def tissues(table: tuple[Tissue, ...]) -> None:
+        for tissue in table:
             canvas.tissue(tissue)
 
     def organ(*bases: str) -> None:
         for name in organs:
-            if name.removesuffix("_L").removesuffix("_R") in bases:
+            if base_name(name) in bases:
                 canvas.organ(name, organs[name])
 
-    whole = tuple(slice(0, n) for n in field.shape)
+    others = {base_name(name) for name in organs} - set(anatomy.ORGANS) - {"Brain"}
     body = body_distance(field, organs)
-    canvas.paint(Local(whole, body), -98.0, texture=13.0, grain="coarse")  # type: ignore[arg-type]
-    tissues("SOFT_TISSUES")
-    organ("Parotid", "Glnd_Submand", "Joint_TM")
+    canvas.paint(Local(whole_box(field.shape), body), -98.0, texture=13.0, grain="coarse")
+    tissues(anatomy.SOFT_TISSUES)
+    organ("Parotid", "Glnd_Submand", "Joint_TM", *(others - _PAINTED_LATE))
     _paint_head(canvas, cavity_distance(field, organs))
-    tissues("ORBITS")
+    tissues(anatomy.ORBITS)
     organ("Eye", "Lens", "Glnd_Lacrimal")
-    tissues("BONES")
-    tissues("VERTEBRAE")
-    tissues("SPINAL_CANAL")
-    tissues("AIR_AND_CARTILAGE")
+    tissues(anatomy.BONES)
+    tissues(anatomy.VERTEBRAE)
+    tissues(anatomy.SPINAL_CANAL)
+    organ("SpinalCanal")
+    tissues(anatomy.AIR_AND_CARTILAGE)
     organ("Bone_Mandible")
-    tissues("TEETH")
+    tissues(anatomy.TEETH)
     organ("Brainstem", "SpinalCord", "Pituitary", "OpticChiasm", "OpticNrv", "Ear_Middle", "Cochlea")
     canvas.skin(body)
     _paint_couch(canvas, body, axes)
@@ -190,24 +214,29 @@ def paint(
 
 def body_distance(field: Field, organs: Mapping[str, Local | None]) -> np.ndarray:
     """Distance to the skin (z, y, x); no organ comes nearer to it than 2.5 mm."""
-    whole: Box = (slice(0, field.shape[0]), slice(0, field.shape[1]), slice(0, field.shape[2]))
     body = anatomy.HEAD.distance(field.points)
-    for shape, blend in ((anatomy.FACE_OUTLINE, 14.0), (anatomy.NECK, 22.0), (anatomy.SHOULDERS, 45.0)):
-        body = smooth_min(body, shape.distance(field.points), blend)
-    for side in (1, -1):
-        ear = field.local(replace(anatomy.EARS, side=side))
-        if ear is not None:
-            body[ear.box] = smooth_min(body[ear.box], ear.distance, 4.0)
+    ears = [(replace(anatomy.EARS, side=side), 4.0) for side in (1, -1)]
+    for shape, blend in [
+        (anatomy.FACE_OUTLINE, 14.0),
+        (anatomy.NECK, 22.0),
+        (anatomy.SHOULDERS, 45.0),
+        *ears,
+    ]:
+        local = field.local(shape, margin=blend + 4)
+        if local is not None:
+            body[local.box] = smooth_min(body[local.box], local.distance, blend)
     for name, organ in organs.items():
         if organ is not None and name != "SpinalCord":
-            body[organ.box] = smooth_min(body[organ.box], organ.distance - np.float32(2.5), 3.0)
-    return body if body.shape == tuple(side.stop for side in whole) else body.reshape(field.shape)
+            cover = np.float32(11.0 if name == "Brain" else 2.5)
+            body[organ.box] = smooth_min(body[organ.box], organ.distance - cover, 3.0)
+    return body
 
 
 def cavity_distance(field: Field, organs: Mapping[str, Local | None]) -> np.ndarray:
     """Distance to the inside of the skull (z, y, x)."""
-    if organs.get("Brain") is not None:
-        return organs["Brain"].at(tuple(slice(0, n) for n in field.shape)) - np.float32(1.5)  # type: ignore[union-attr, arg-type]
+    brain = organs.get("Brain")
+    if brain is not None:
+        return brain.at(whole_box(field.shape)) - np.float32(1.5)
     cranium = anatomy.CRANIUM.distance(field.points)
     parts = field.local(anatomy.CRANIUM_PARTS)
     if parts is not None:
@@ -244,7 +273,13 @@ class Canvas:
         return cls(np.full(field.shape, AIR, np.float32), field, noises, edge, patient.bone, patient.organs)
 
     def paint(
-        self, local: Local, hu: float, *, texture: float = 0.0, grain: str = "fine", cortex: tuple[float, float] | None = None
+        self,
+        local: Local,
+        hu: float,
+        *,
+        texture: float = 0.0,
+        grain: str = "fine",
+        cortex: tuple[float, float] | None = None,
     ) -> None:
         """Cover the inside of a shape."""
         edge, distance = np.float32(self.edge), local.distance
@@ -262,15 +297,22 @@ class Canvas:
         for side in (1, -1) if tissue.paired else (1,):
             local = self.field.local(replace(tissue.shape, side=side))
             if local is not None:
-                self.paint(local, tissue.hu * density, texture=tissue.texture, grain=tissue.grain, cortex=cortex)
+                self.paint(
+                    local, tissue.hu * density, texture=tissue.texture, grain=tissue.grain, cortex=cortex
+                )
 
     def organ(self, name: str, local: Local | None) -> None:
         """Paint an organ with the patient's HU for it."""
-        _, hu, spec = self.organs.get(name, (None, 40.0, None))
-        if local is None or (spec is not None and not spec.painted):
+        if local is None:
             return
-        spec = spec or _default_spec(name)
-        self.paint(local, hu, texture=spec.texture, grain=spec.grain, cortex=spec.cortex)
+        if name not in self.organs:
+            hu, texture = anatomy.OTHER_HU.get(base_name(name), (40.0, 5.0))
+            self.paint(local, hu, texture=texture)
+            return
+        _, hu, spec = self.organs[name]
+        if spec.painted:
+            density = self.bone if hu > 250 else 1.0
+            self.paint(local, hu * density, texture=spec.texture, grain=spec.grain, cortex=spec.cortex)
 
     def skin(self, body: np.ndarray) -> None:
         """Lay 1.8 mm of skin over the body and air around it."""
@@ -280,10 +322,12 @@ class Canvas:
         self.hu += np.clip(0.5 + body / edge, 0, 1) * (np.float32(AIR) - self.hu)
 
     def scan(self, patient: Patient, z: np.ndarray) -> np.ndarray:
-        """What the scanner makes of it: a blurred, noisy image as int16 HU, noisier at the level of the shoulders."""
+        """What the scanner makes of it: a blurred image as int16 HU with noise, more of it at the shoulders."""
         dz, dy, dx = self.field.spacing
         hu = ndimage.gaussian_filter(self.hu, (0.75 / dz, 0.5 / dy, 0.5 / dx), truncate=3)
-        noise = ndimage.gaussian_filter(patient.stream("noise").standard_normal(hu.shape, np.float32), (0.3, 0.65, 0.65), truncate=3)
+        noise = ndimage.gaussian_filter(
+            patient.stream("noise").standard_normal(hu.shape, np.float32), (0.3, 0.65, 0.65), truncate=3
+        )
         level = 1 + 0.9 / (1 + np.exp((z + 165) / 12))
         hu += noise * np.float32(patient.noise / noise.std()) * level.astype(np.float32)[:, None, None]
         return np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
@@ -322,23 +366,41 @@ def _paint_couch(canvas: Canvas, body: np.ndarray, axes: list[np.ndarray]) -> No
         canvas.hu += cover.astype(np.float32) * (value - canvas.hu)
 
 
-def _grid(patient: Patient, spacing: tuple[float, float, float], field_of_view: FieldOfView) -> tuple[Grid, list[np.ndarray]]:
-    """The scan's grid, placed as a radiographer would: from the crown, or from above the eyes if the field is small."""
+def _grid(
+    patient: Patient, spacing: tuple[float, float, float], field_of_view: FieldOfView
+) -> tuple[Grid, list[np.ndarray]]:
+    """The scan's grid: from the crown down, or from above the eyes if the field of view is small."""
     size = FIELDS_OF_VIEW.get(field_of_view) if isinstance(field_of_view, str) else tuple(field_of_view)
     if size is None:
-        raise FocusNetError(f"unknown field of view {field_of_view!r}, expected {', '.join(FIELDS_OF_VIEW)} or three lengths in mm")
-    if len(spacing) != 3 or len(size) != 3 or min(spacing) <= 0 or min(n / s for n, s in zip(size, spacing, strict=True)) < 8:
-        raise FocusNetError(f"spacing {spacing} mm and field of view {size} mm, expected at least 8 voxels along z, y and x")
+        raise FocusNetError(
+            f"unknown field of view {field_of_view!r}, expected {', '.join(FIELDS_OF_VIEW)} or 3 lengths in mm"
+        )
+    if (
+        len(spacing) != 3
+        or len(size) != 3
+        or min(spacing) <= 0
+        or min(n / s for n, s in zip(size, spacing, strict=True)) < 8
+    ):
+        raise FocusNetError(
+            f"spacing {spacing} mm and field of view {size} mm, expected at least 8 voxels along z, y and x"
+        )
     shape = [round(n / s) for n, s in zip(size, spacing, strict=True)]
     eye = max(patient.position(FACE.T @ np.array([side * 32, -84.7, 14.0]))[2] for side in (1, -1))
-    crown, front = patient.position(np.array([0, 10, 119.0]))[2] + 12, patient.position(np.array([0, -128.0, 2.0]))[1] - 6
-    top = min(crown, eye + 6 + max(0.0, size[0] - 185))
+    crown, front = (
+        patient.position(np.array([0, 10, 119.0]))[2] + 12,
+        patient.position(np.array([0, -128.0, 2.0]))[1] - 6,
+    )
+    top = min(crown, eye + 10 + max(0.0, size[0] - 185))
     rng = patient.stream("grid")
-    start = np.array([top - size[0], front - 0.25 * max(0.0, size[1] - 205), -size[2] / 2]) + rng.normal(scale=[0.6, 1.5, 1.5])
+    start = np.array([top - size[0], front - 0.25 * max(0.0, size[1] - 205), -size[2] / 2]) + rng.normal(
+        scale=[0.6, 1.5, 1.5]
+    )
     axes = [start[i] + spacing[i] * (np.arange(shape[i]) + 0.5) for i in range(3)]
-    centre = rng.normal(scale=[40.0, 12.0, 6.0]) + [0, -120, 0]  # where the brainstem lies from the scanner's isocentre
+    centre = rng.normal(
+        loc=[0.0, -120.0, 0.0], scale=[40.0, 12.0, 6.0]
+    )  # where the brainstem lies from the scanner's isocentre
     origin = tuple(round(float(axes[i][0] + centre[i]), 3) for i in (2, 1, 0))
-    return Grid((shape[0], shape[1], shape[2]), tuple(map(float, spacing)), origin), axes  # type: ignore[arg-type]
+    return Grid((shape[0], shape[1], shape[2]), spacing, (origin[0], origin[1], origin[2])), axes
 
 
 def _sample_organs(seed: tuple[int, int]) -> dict[str, tuple[Shape, float, OrganSpec]]:
@@ -350,18 +412,20 @@ def _sample_organs(seed: tuple[int, int]) -> dict[str, tuple[Shape, float, Organ
         for side, suffix in ((1, "_L"), (-1, "_R")) if base in anatomy.PAIRED else ((1, ""),):
             name = base + suffix
             share = 0.7 if suffix else 1.0
-            shape = spec.shape.varied(_stream(seed, name), size=spec.size * share, place=spec.place, bumps=spec.bumps)
+            shape = spec.shape.varied(
+                _stream(seed, name), size=spec.size * share, place=spec.place, bumps=spec.bumps
+            )
             scale = shape.scale * float(np.exp(size)) if suffix else shape.scale
             organs[name] = (replace(shape, side=side, scale=scale), hu, spec)
     return organs
 
 
-def _locals(field: Field, organs: Mapping[str, tuple[Shape, float, OrganSpec]]) -> dict[str, Local | None]:
+def locals_of(field: Field, organs: Mapping[str, tuple[Shape, float, OrganSpec]]) -> dict[str, Local | None]:
     """Distances of the organs, each without those that take precedence."""
     plain = {name: field.local(shape) for name, (shape, _, _) in organs.items()}
     result: dict[str, Local | None] = {}
     for name, (_, _, spec) in organs.items():
-        local, side = plain[name], name[len(name.removesuffix("_L").removesuffix("_R")) :]
+        local, side = plain[name], name[len(base_name(name)) :]
         for other in spec.without if local is not None else ():
             local = local.without(plain.get(other) or plain.get(other + side))  # type: ignore[union-attr]
         result[name] = local
@@ -374,7 +438,7 @@ def _mask(name: str, patient: Patient, locals_: Mapping[str, Local | None], grid
     assert local is not None
     voxels = None
     if spec.keep_volume and not _touches_edge(local, grid.shape):
-        volume = anatomy.volume_mm3(name.removesuffix("_L").removesuffix("_R")) * shape.scale**3 * float(np.prod(patient.scale))
+        volume = anatomy.volume_mm3(base_name(name)) * shape.scale**3 * float(np.prod(patient.scale))
         voxels = volume / grid.voxel_mm3
     return local.mask(grid.shape, voxels)
 
@@ -385,7 +449,9 @@ def _touches_edge(local: Local, shape: tuple[int, ...]) -> bool:
     if not len(inside):
         return True
     start = np.array([side.start for side in local.box])
-    return bool((inside.min(axis=0) + start <= 0).any() or (inside.max(axis=0) + start >= np.array(shape) - 1).any())
+    return bool(
+        (inside.min(axis=0) + start <= 0).any() or (inside.max(axis=0) + start >= np.array(shape) - 1).any()
+    )
 
 
 def _wanted(organs: Collection[str] | None) -> set[str]:
@@ -398,13 +464,21 @@ def _wanted(organs: Collection[str] | None) -> set[str]:
     return names
 
 
-def _default_spec(name: str) -> OrganSpec:
-    return OrganSpec(Shape(()), (40.0, 40.0))
-
-
 def _noise(rng: np.random.Generator, field: Field, mm: float) -> np.ndarray:
-    noise = ndimage.gaussian_filter(rng.standard_normal(field.shape, np.float32), [mm / s for s in field.spacing], truncate=3)
+    noise = ndimage.gaussian_filter(
+        rng.standard_normal(field.shape, np.float32), [mm / s for s in field.spacing], truncate=3
+    )
     return noise / np.float32(noise.std())
+
+
+def whole_box(shape: tuple[int, ...]) -> Box:
+    """The box of all voxels."""
+    return slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
+
+
+def base_name(organ: str) -> str:
+    """An organ's name without its side."""
+    return organ.removesuffix("_L").removesuffix("_R")
 
 
 def _stream(seed: tuple[int, int], purpose: str) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Shapes as signed distances in mm (negative inside), evaluated only in the part of a volume where they can lie.
+"""Shapes as signed distances in mm (negative inside), evaluated only where in a volume they can lie.
 
 Points are (x, y, z) in mm, LPS, relative to the centre of the brainstem.
 """
@@ -36,7 +36,7 @@ def smooth_min(first: np.ndarray, second: np.ndarray, blend: float) -> np.ndarra
 
 @dataclass(frozen=True)
 class Ellipsoid:
-    """An ellipsoid: centre and semi-axes in a rotated frame, optionally turned by `pitch` about x and `yaw` about z (degrees)."""
+    """An ellipsoid in a rotated frame, turned by `pitch` about x and `yaw` about z (degrees)."""
 
     centre: Point
     semi: Point
@@ -89,7 +89,8 @@ class Tube:
         local = [u * np.float32(s) for u, s in zip(_rotate(self.frame, points), self.stretch, strict=True)]
         stops = np.array(self.points) * np.array(self.stretch)
         parts = (
-            _segment(local, stops[i], stops[i + 1], self.radii[i], self.radii[i + 1]) for i in range(len(stops) - 1)
+            _segment(local, stops[i], stops[i + 1], self.radii[i], self.radii[i + 1])
+            for i in range(len(stops) - 1)
         )
         return reduce(np.minimum, parts)
 
@@ -106,7 +107,9 @@ class HalfSpace:
         """Signed distance at points (3, ...)."""
         normal = self.frame.T @ np.array(self.normal)
         length = np.linalg.norm(normal)
-        return sum(points[i] * np.float32(normal[i] / length) for i in range(3)) - np.float32(self.offset / length)
+        return sum(points[i] * np.float32(normal[i] / length) for i in range(3)) - np.float32(
+            self.offset / length
+        )
 
 
 Primitive = Ellipsoid | Tube
@@ -114,7 +117,7 @@ Primitive = Ellipsoid | Tube
 
 @dataclass(frozen=True)
 class Shape:
-    """A smooth union of primitives, cut by half-spaces, then varied: scaled and shifted about its centre, with a bumpy surface.
+    """A smooth union of primitives, cut by half-spaces, then varied: scaled, shifted, with a bumpy surface.
 
     Attributes:
         parts: What is united.
@@ -122,7 +125,7 @@ class Shape:
         cut: Half-spaces the union is intersected with.
         side: 1 for midline shapes and the left one of a pair, -1 for the mirror image.
         scale, shift: Variation of the whole shape.
-        bumps: Amplitude (mm) of the surface's bumps, and `waves` their wave vectors (rad/mm) and phases, (K, 4).
+        bumps: Amplitude (mm) of the surface's bumps; `waves`: wave vectors (rad/mm) and phases, (K, 4).
     """
 
     parts: tuple[Primitive, ...]
@@ -154,12 +157,17 @@ class Shape:
         sign = np.array([self.side, 1, 1])
         local = np.stack(
             [
-                ((points[i] - np.float32(self.shift[i] + sign[i] * middle[i])) * np.float32(sign[i] / self.scale))
+                (
+                    (points[i] - np.float32(self.shift[i] + sign[i] * middle[i]))
+                    * np.float32(sign[i] / self.scale)
+                )
                 + np.float32(middle[i])
                 for i in range(3)
             ]
         )
-        result = reduce(lambda a, b: smooth_min(a, b, self.blend), (part.distance(local) for part in self.parts))
+        result = reduce(
+            lambda a, b: smooth_min(a, b, self.blend), (part.distance(local) for part in self.parts)
+        )
         for plane in self.cut:
             result = np.maximum(result, plane.distance(local))
         if self.waves is not None:
@@ -167,17 +175,23 @@ class Shape:
         return result * np.float32(self.scale)
 
     def varied(self, rng: np.random.Generator, *, size: float, place: float, bumps: float = 0.06) -> "Shape":
-        """The shape of one patient: `size` is the SD of the logarithm of its scale, `place` that of its shift in mm."""
+        """The shape of one patient: `size` is the SD of its scale's logarithm, `place` that of its shift in mm."""
         low, high = self.bounds()
         extent = float((high - low).min())
         directions = rng.normal(size=(5, 3))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         wavelength = rng.uniform(0.8, 2.0, (5, 1)) * extent
-        waves = np.concatenate([directions * 2 * np.pi / wavelength, rng.uniform(0, 2 * np.pi, (5, 1))], axis=1)
+        waves = np.concatenate(
+            [directions * 2 * np.pi / wavelength, rng.uniform(0, 2 * np.pi, (5, 1))], axis=1
+        )
         shift = rng.normal(scale=place, size=3)
         scale = float(np.exp(np.clip(rng.normal(), -2.5, 2.5) * size))
         return replace(
-            self, scale=scale, shift=(shift[0], shift[1], shift[2]), bumps=bumps * extent / 2, waves=waves.astype(np.float32)
+            self,
+            scale=scale,
+            shift=(shift[0], shift[1], shift[2]),
+            bumps=bumps * extent / 2,
+            waves=waves.astype(np.float32),
         )
 
 
@@ -203,10 +217,10 @@ class Field:
         """(D, H, W)."""
         return self.points.shape[1:]
 
-    def region(self, shape: Shape) -> Box | None:
-        """The box of voxels within `MARGIN_MM` of a shape's bounding box, None if there are none."""
+    def region(self, shape: Shape, margin: float = MARGIN_MM) -> Box | None:
+        """The box of voxels within `margin` mm of a shape's bounding box, None if there are none."""
         low, high = shape.placed_bounds()
-        reach = MARGIN_MM + 8
+        reach = margin + 8
         near = np.ones(self._coarse.shape[1:], bool)
         for axis in range(3):
             near &= (self._coarse[axis] > low[axis] - reach) & (self._coarse[axis] < high[axis] + reach)
@@ -218,10 +232,10 @@ class Field:
             sides.append(slice(int(hits[0]) * step, min((int(hits[-1]) + 1) * step, self.shape[axis])))
         return sides[0], sides[1], sides[2]
 
-    def local(self, shape: Shape) -> "Local | None":
+    def local(self, shape: Shape, margin: float = MARGIN_MM) -> "Local | None":
         """A shape's distances in its region."""
-        box = self.region(shape)
-        return None if box is None else Local(box, shape.distance(self.points[(slice(None), *box)]))
+        box = self.region(shape, margin)
+        return None if box is None else Local(box, shape.distance(self.points[:, box[0], box[1], box[2]]))
 
 
 @dataclass
@@ -234,7 +248,9 @@ class Local:
     def at(self, box: Box) -> np.ndarray:
         """The distances in another box."""
         result = np.full([side.stop - side.start for side in box], FAR, np.float32)
-        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(self.box, box, strict=True)]
+        common = [
+            slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(self.box, box, strict=True)
+        ]
         if all(side.start < side.stop for side in common):
             into, out_of = (
                 tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, other, strict=True))
@@ -250,7 +266,7 @@ class Local:
         return Local(self.box, np.maximum(self.distance, gap - other.at(self.box)))
 
     def mask(self, shape: tuple[int, ...], voxels: float | None = None) -> np.ndarray:
-        """Voxels inside the shape as a bool array (D, H, W); with `voxels`, the level set that has that many."""
+        """Voxels inside the shape, bool (D, H, W); with `voxels`, the level set that has that many."""
         level = 0.0
         if voxels is not None:
             count = int(np.clip(round(voxels), 1, self.distance.size - 1))
@@ -261,7 +277,7 @@ class Local:
 
 
 def smooth_field(rng: np.random.Generator, axes: Sequence[np.ndarray], pitch: float) -> np.ndarray:
-    """A smooth random field of unit SD over a grid, independent of the grid's spacing: cubic B-splines on a lattice.
+    """A smooth random field of unit SD, the same on every grid: cubic B-splines on a lattice.
 
     Args:
         axes: Positions (mm) of the grid along each of its axes.
@@ -273,7 +289,9 @@ def smooth_field(rng: np.random.Generator, axes: Sequence[np.ndarray], pitch: fl
     for positions in axes:
         weights = _cubic((np.asarray(positions)[:, None] - knots) / pitch).astype(np.float32)
         lattice = np.moveaxis(np.tensordot(weights, lattice, axes=(1, 0)), 0, -1)
-    return lattice / np.float32(0.479**1.5)  # SD of a sum of three-dimensional B-splines, averaged over positions
+    return lattice / np.float32(
+        0.479**1.5
+    )  # SD of a sum of three-dimensional B-splines, averaged over positions
 
 
 def _cubic(t: np.ndarray) -> np.ndarray:
@@ -284,10 +302,15 @@ def _cubic(t: np.ndarray) -> np.ndarray:
 def _rotate(frame: np.ndarray, points: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
     if np.array_equal(frame, BASE):
         return [points[0], points[1], points[2]]
-    return [sum(points[j] * np.float32(frame[i, j]) for j in range(3) if abs(frame[i, j]) > 1e-9) for i in range(3)]
+    return [
+        sum(points[j] * np.float32(frame[i, j]) for j in range(3) if abs(frame[i, j]) > 1e-9)
+        for i in range(3)
+    ]
 
 
-def _segment(points: list[np.ndarray], start: np.ndarray, end: np.ndarray, first: float, last: float) -> np.ndarray:
+def _segment(
+    points: list[np.ndarray], start: np.ndarray, end: np.ndarray, first: float, last: float
+) -> np.ndarray:
     along = end - start
     rest = [p - np.float32(s) for p, s in zip(points, start, strict=True)]
     t = sum(r * np.float32(a) for r, a in zip(rest, along, strict=True)) / np.float32(along @ along)
