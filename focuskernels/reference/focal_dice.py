@@ -20,22 +20,19 @@ def softmax_sums(
     valid = _valid_voxels(target, classes, ignore_index, class_mask, target_in_range)
     if valid is not None:
         target = torch.where(valid, target, 0)
-    if class_mask is not None:
-        logits = logits.masked_fill(~_over_voxels(class_mask, logits), -torch.inf)
-    log_p = F.log_softmax(logits, dim=1, dtype=_sum_dtype(logits))
+    log_p = F.log_softmax(_without_masked(logits, class_mask), dim=1, dtype=_sum_dtype(logits))
     log_pt = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-    p = log_p.exp()
+    p, ones = log_p.exp(), torch.ones_like(log_pt)
+    if valid is not None:
+        # First of all, since a masked class has log p = -inf, whose gradient is NaN even when weighed by 0.
+        log_pt = torch.where(valid, log_pt, 0)
+        p, ones = torch.where(valid.unsqueeze(1), p, 0), valid.to(log_pt.dtype)
     focal = focal_terms(log_pt, -torch.expm1(log_pt), gamma)
     if alpha is not None:
         focal = focal * alpha[target]
-    # A masked class has log p = -inf at voxels labelled with it: select, since 0 * inf is NaN.
-    pt, ones = log_pt.exp(), torch.ones_like(log_pt)
-    if valid is not None:
-        focal, pt, ones = (torch.where(valid, term, 0) for term in (focal, pt, ones))
-        p = torch.where(valid.unsqueeze(1), p, 0)
     spatial = tuple(range(2, logits.dim()))
     return (
-        _sum_by_class(pt, target, classes),
+        _sum_by_class(log_pt.exp() * ones, target, classes),
         p.sum(dim=spatial),
         _sum_by_class(ones, target, classes),
         focal.flatten(1).sum(dim=1),
@@ -53,7 +50,7 @@ def sigmoid_sums(
 ) -> Sums:
     """The same for independent channels; target (N,C,*spatial), 0 or 1. `voxels` counts those of every channel."""
     x = logits.to(_sum_dtype(logits))
-    positive = target == 1 if ignore_index == 0 else target != 0
+    positive = target == 1
     valid = None if ignore_index is None else target != ignore_index
     if class_mask is not None:
         kept = _over_voxels(class_mask, logits).expand(logits.shape)
@@ -118,6 +115,10 @@ def dice_terms(intersection: Tensor, prediction: Tensor, target: Tensor, smooth:
     present = denominator > 0
     ratio = (2 * intersection + smooth) / torch.where(present, denominator, 1)
     return torch.where(present, 1 - ratio, 0)
+
+
+def _without_masked(logits: Tensor, class_mask: Tensor | None) -> Tensor:
+    return logits if class_mask is None else logits.masked_fill(~_over_voxels(class_mask, logits), -torch.inf)
 
 
 def _valid_voxels(
