@@ -45,7 +45,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """
     arguments = [_preset_file(value) for value in (sys.argv[1:] if argv is None else argv)]
     try:
-        return parser.instantiate_classes(parser.parse_args(arguments))
+        return parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise FocusNetError(" ".join(str(error).split())) from error
 

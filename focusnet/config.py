@@ -221,6 +221,6 @@ class Config:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "config")
         try:
-            return parser.instantiate_classes(parser.parse_object({"config": values})).config
+            return parser.instantiate(parser.parse_object({"config": values})).config
         except ArgumentError as error:
             raise FocusNetError(f"wrong configuration: {' '.join(str(error).split())}") from error
