@@ -89,9 +89,7 @@ def extensions() -> list[Extension]:
     if cuda_sources and (nvcc := find_nvcc()):
         cuda = extension("_C_cuda", cuda_sources, torch, ["torch_cpu", "cudart"])
         toolkit = Path(nvcc).resolve().parent.parent
-        cuda.library_dirs += [
-            str(folder) for folder in (toolkit / "lib64", toolkit / "lib") if folder.is_dir()
-        ]
+        cuda.library_dirs += [str(folder) for folder in (toolkit / "lib64", toolkit / "lib") if folder.is_dir()]
         found.append(cuda)
     elif cuda_sources:
         report("the CUDA kernels were left out: nvcc was not found")
@@ -126,11 +124,7 @@ class ParallelBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         inputs = [Path(path) for path in (*ext.sources, *ext.depends)]
-        if (
-            not self.force
-            and target.exists()
-            and all(path.stat().st_mtime < target.stat().st_mtime for path in inputs)
-        ):
+        if not self.force and target.exists() and all(path.stat().st_mtime < target.stat().st_mtime for path in inputs):
             return
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
@@ -153,9 +147,7 @@ class ParallelBuild(build_ext):
         target = Path(self.build_temp, source).with_suffix(".cu.o")
         self.mkpath(str(target.parent))
         includes = [f"-I{folder}" for folder in ext.include_dirs]
-        self.spawn(
-            [find_nvcc(), "-c", source, "-o", str(target), *NVCC_FLAGS, *architecture_flags(), *includes]
-        )
+        self.spawn([find_nvcc(), "-c", source, "-o", str(target), *NVCC_FLAGS, *architecture_flags(), *includes])
         return str(target)
 
 

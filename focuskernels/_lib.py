@@ -72,9 +72,7 @@ def backends(op: str) -> Iterator[tuple[str, str, str]]:
             yield device_type, REFERENCE, "; ".join(reasons) or "no kernel yet"
 
 
-def _first_that_can(
-    op: str, kernels: tuple[Kernel, ...], reference: Callable[..., Any]
-) -> Callable[..., Any]:
+def _first_that_can(op: str, kernels: tuple[Kernel, ...], reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         for kernel in kernels:
             reason = kernel.missing() or kernel.why_not(*args)

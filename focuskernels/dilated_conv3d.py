@@ -34,7 +34,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     require_float(x, "x")
     require_float(weight, "weight")
     if weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight takes {weight.shape[1]} channels, x has {x.shape[1]}: {tuple(weight.shape)}, {tuple(x.shape)}")
+        raise ValueError(
+            f"weight takes {weight.shape[1]} channels, x has {x.shape[1]}: {tuple(weight.shape)}, {tuple(x.shape)}"
+        )
     if any(size % 2 == 0 for size in weight.shape[2:]):
         raise ValueError(f"kernel sizes must be odd, got weight of shape {tuple(weight.shape)}")
     if x.dtype != weight.dtype or x.device != weight.device:

@@ -146,7 +146,9 @@ def _check(logits: Tensor, target: Tensor, activation: str, class_mask: Tensor |
 
 def _check_softmax(logits: Tensor, target: Tensor) -> None:
     if logits.shape[1] < 2:
-        raise ValueError(f"softmax needs at least two classes, got logits {tuple(logits.shape)}; one organ is 'sigmoid'")
+        raise ValueError(
+            f"softmax needs at least two classes, got logits {tuple(logits.shape)}; one organ is 'sigmoid'"
+        )
     if target.shape != logits.shape[:1] + logits.shape[2:]:
         expected = (logits.shape[0], *logits.shape[2:])
         raise ValueError(f"target must be {expected} for logits {tuple(logits.shape)}, got {tuple(target.shape)}")
@@ -156,7 +158,9 @@ def _check_softmax(logits: Tensor, target: Tensor) -> None:
 
 def _check_class_mask(class_mask: Tensor, logits: Tensor) -> None:
     if not isinstance(class_mask, Tensor) or class_mask.dtype != torch.bool:
-        raise TypeError(f"class_mask must be a bool tensor, got {getattr(class_mask, 'dtype', type(class_mask).__name__)}")
+        raise TypeError(
+            f"class_mask must be a bool tensor, got {getattr(class_mask, 'dtype', type(class_mask).__name__)}"
+        )
     if class_mask.shape != logits.shape[:2]:
         raise ValueError(f"class_mask must be {tuple(logits.shape[:2])}, got {tuple(class_mask.shape)}")
     if class_mask.device != logits.device:

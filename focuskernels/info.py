@@ -20,9 +20,7 @@ def operations() -> list[str]:
 
 def describe(op: str) -> str:
     """One op's backends: `cpu: C++ (csrc); cuda: reference (no kernel yet)`."""
-    served = (
-        f"{device}: {name}" + (f" ({reason})" if reason else "") for device, name, reason in backends(op)
-    )
+    served = (f"{device}: {name}" + (f" ({reason})" if reason else "") for device, name, reason in backends(op))
     return "; ".join(served)
 
 
@@ -42,9 +40,7 @@ def environment() -> dict[str, str]:
         facts[f"gpu {index}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
     if not count:
         facts["gpu"] = "none"
-    facts["threads"] = (
-        f"{torch.get_num_threads()} of {os.cpu_count()} cores, {torch.get_num_interop_threads()} interop"
-    )
+    facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {torch.get_num_interop_threads()} interop"
     return facts
 
 
@@ -52,9 +48,7 @@ def report() -> str:
     """All of it as text."""
     tables = {op: describe(op) for op in operations()}, environment()
     width = max(len(name) for table in tables for name in table)
-    return "\n\n".join(
-        "\n".join(f"{name:{width}}  {text}" for name, text in table.items()) for table in tables
-    )
+    return "\n\n".join("\n".join(f"{name:{width}}  {text}" for name, text in table.items()) for table in tables)
 
 
 def _version(distribution: str) -> str:

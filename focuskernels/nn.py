@@ -13,7 +13,15 @@ from .norm_act import Activation, Norm, check_names, group_count, norm_act
 from .roi_gather3d import roi_gather_3d
 from .se_residual import se_residual
 
-__all__ = ["DenseASPP3d", "DilatedConv3d", "FocalDiceLoss", "NormAct3d", "ROIGather3d", "SEResBlock3d", "SEResidual3d"]
+__all__ = [
+    "DenseASPP3d",
+    "DilatedConv3d",
+    "FocalDiceLoss",
+    "NormAct3d",
+    "ROIGather3d",
+    "SEResBlock3d",
+    "SEResidual3d",
+]
 
 
 def _require_positive(**values: int) -> None:

@@ -54,7 +54,18 @@ def norm_act(
     check_names(norm, activation)
     groups = group_count(x.shape[1], num_groups if norm == "group" else None)
     return reference.forward(
-        x, weight, bias, norm, groups, running_mean, running_var, training, momentum, eps, activation, negative_slope
+        x,
+        weight,
+        bias,
+        norm,
+        groups,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
     )
 
 
@@ -88,7 +99,9 @@ def _check(
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, tensor in named.items():
         if tensor is not None and tensor.shape != x.shape[1:2]:
-            raise ValueError(f"{name} must be ({x.shape[1]},) for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be ({x.shape[1]},) for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together")
     if norm != "batch" and running_mean is not None:

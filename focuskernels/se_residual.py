@@ -75,4 +75,6 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} must be {tuple(shape)} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be {tuple(shape)} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            )

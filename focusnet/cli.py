@@ -32,7 +32,9 @@ def add_config(parser: ArgumentParser) -> None:
     """Add `--config NAME|FILE` and one option for every setting of `Config`."""
     names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     parser.add_argument(
-        "--config", action=ActionConfigFile, help=f"a YAML file, or the name of a preset: {names}; later options override it"
+        "--config",
+        action=ActionConfigFile,
+        help=f"a YAML file, or the name of a preset: {names}; later options override it",
     )
     parser.add_class_arguments(Config, None)
 

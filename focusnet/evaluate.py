@@ -92,9 +92,7 @@ class Stat:
     def of(cls, values: Iterable[float | None]) -> "Stat":
         """The statistics of all values that are not None."""
         known = [value for value in values if value is not None]
-        return cls(
-            statistics.fmean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None
-        )
+        return cls(statistics.fmean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -263,10 +261,7 @@ class _Crop:
         """The mask in a box that holds its own."""
         mask = np.zeros([side.stop - side.start for side in box], bool)
         mask[
-            tuple(
-                slice(own.start - side.start, own.stop - side.start)
-                for own, side in zip(self.box, box, strict=True)
-            )
+            tuple(slice(own.start - side.start, own.stop - side.start) for own, side in zip(self.box, box, strict=True))
         ] = self.mask
         return mask
 
@@ -286,8 +281,7 @@ def _score(
     spacing: Sequence[float],
 ) -> OrganScore:
     volumes = [
-        0.0 if crop is None else np.count_nonzero(crop.mask) * math.prod(spacing)
-        for crop in (truth, prediction)
+        0.0 if crop is None else np.count_nonzero(crop.mask) * math.prod(spacing) for crop in (truth, prediction)
     ]
     if truth is None:
         return OrganScore(case, organ, "spurious" if prediction else "absent", prediction_mm3=volumes[1])
@@ -373,9 +367,7 @@ def _spread(stat: Stat, scale: float, digits: int) -> str:
     return mean if stat.sd is None else f"{mean} ± {stat.sd * scale:.{digits}f}"
 
 
-def _pair_cases(
-    truth: Path, prediction: Path, allow_missing: bool
-) -> tuple[list[tuple[Case, Case]], list[str]]:
+def _pair_cases(truth: Path, prediction: Path, allow_missing: bool) -> tuple[list[tuple[Case, Case]], list[str]]:
     sides = [{case.name: case for case in find_cases(folder)} for folder in (truth, prediction)]
     lacking = [(prediction, sides[0].keys() - sides[1].keys()), (truth, sides[1].keys() - sides[0].keys())]
     remarks = [f"{folder} lacks {', '.join(sorted(names))}" for folder, names in lacking if names]
@@ -495,12 +487,8 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate", "TRUTH PREDICTION", "Compare two folders of segmentations: DSC and 95HD of every organ."
     )
     parser.add_argument("truth", type=Path, help="folder of true segmentations, in any known layout")
-    parser.add_argument(
-        "prediction", type=Path, help="folder of segmentations to judge, cases of the same names"
-    )
-    parser.add_argument(
-        "--out", type=Path | None, help="folder for cases.csv, table.txt, table.csv, results.json"
-    )
+    parser.add_argument("prediction", type=Path, help="folder of segmentations to judge, cases of the same names")
+    parser.add_argument("--out", type=Path | None, help="folder for cases.csv, table.txt, table.csv, results.json")
     parser.add_argument(
         "--organs",
         type=str,
@@ -513,12 +501,8 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         help="after the folders: organs to list apart (default: mean volume below 2.5 cm3)",
     )
-    parser.add_argument(
-        "--allow-missing-cases", action="store_true", help="leave out cases that only one folder has"
-    )
-    parser.add_argument(
-        "--processes", type=PositiveInt | None, help="cases compared at a time (default: all cores)"
-    )
+    parser.add_argument("--allow-missing-cases", action="store_true", help="leave out cases that only one folder has")
+    parser.add_argument("--processes", type=PositiveInt | None, help="cases compared at a time (default: all cores)")
     arguments = parse(parser, argv)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise FocusNetError(f"cannot write into {arguments.out}: it is a file, expected a folder")

@@ -95,7 +95,10 @@ class Windows:
         for start in _starts(tuple(self.volume.shape), self.size, overlap):
             _, snet, heatmaps = self.run(start)
             window = _slices(start, self.size)
-            values = (snet.logits[0].float().softmax(dim=0), heatmaps[0, :None if with_heatmaps else 0].float())
+            values = (
+                snet.logits[0].float().softmax(dim=0),
+                heatmaps[0, : None if with_heatmaps else 0].float(),
+            )
             if not sums:
                 sums = [v.new_zeros((len(v), *self.volume.shape)) for v in values]
             for into, value in zip(sums, values, strict=True):
@@ -151,7 +154,9 @@ def _group(
     return [(start(low, high), members) for members, low, high in groups]
 
 
-def _roi_overlap(center: list[int], size: Triple, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def _roi_overlap(
+    center: list[int], size: Triple, shape: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """The part of an ROI inside the volume, as slices of the volume and of the ROI."""
     starts = [c - n // 2 for c, n in zip(center, size, strict=True)]
     low = [max(0, s) for s in starts]

@@ -30,7 +30,9 @@ def focal_alpha(plan: Plan, config: LossConfig) -> Tensor:
     """Focal weights of the background and of every organ: as configured, else from the plan."""
     values = config.alpha or [plan.background_alpha, *(organ.alpha for organ in plan.organs)]
     if len(values) != len(plan.organs) + 1:
-        raise ValueError(f"loss.alpha has {len(values)} values, expected {len(plan.organs) + 1} (background and organs)")
+        raise ValueError(
+            f"loss.alpha has {len(values)} values, expected {len(plan.organs) + 1} (background and organs)"
+        )
     return torch.tensor(values)
 
 
@@ -67,7 +69,9 @@ def heatmap_loss(heatmaps: Tensor, crop: Crop, spacing: Sequence[float], sigma_m
     return (error * known).sum() / (gaussian_voxels * known.sum().clamp_min(1))
 
 
-def sos_loss(network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig) -> Tensor | None:
+def sos_loss(
+    network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig
+) -> Tensor | None:
     """Mean binary focal plus dice loss of the small organs whose centre lies in the crop; None if there is none."""
     shape = crop.centers.new_tensor(crop.labels.shape[1:])
     inside = ((crop.centers >= 0) & (crop.centers <= shape - 1)).all(dim=-1)

@@ -31,9 +31,7 @@ def bounding_box(mask: Mask) -> Box | None:
 
 def union_box(first: Box, second: Box) -> Box:
     """The smallest box that holds both boxes."""
-    return tuple(
-        slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(first, second, strict=True)
-    )
+    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(first, second, strict=True))
 
 
 def dice(truth: Mask, prediction: Mask) -> float:
@@ -61,9 +59,7 @@ def hausdorff95(truth: Mask, prediction: Mask, spacing: Sequence[float]) -> floa
     """
     _check_shapes(truth, prediction)
     if len(spacing) != truth.ndim:
-        raise ValueError(
-            f"spacing {tuple(spacing)} has {len(spacing)} values, shape {truth.shape} needs {truth.ndim}"
-        )
+        raise ValueError(f"spacing {tuple(spacing)} has {len(spacing)} values, shape {truth.shape} needs {truth.ndim}")
     boxes = bounding_box(truth), bounding_box(prediction)
     if boxes[0] is None or boxes[1] is None:
         return float("nan") if boxes == (None, None) else volume_diagonal(truth.shape, spacing)

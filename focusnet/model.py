@@ -51,7 +51,9 @@ class SNet(nn.Module):
         self.context, width = _context(config, width)
         self.decoder = nn.ModuleList()
         for widths in reversed(config.widths[:-1]):
-            self.decoder.append(SEResBlock3d(width + widths[-1], widths[-1], reduction=config.se_reduction, norm=config.norm))
+            self.decoder.append(
+                SEResBlock3d(width + widths[-1], widths[-1], reduction=config.se_reduction, norm=config.norm)
+            )
             width = widths[-1]
         self.head = nn.Conv3d(width, classes, 1)
         self.feature_channels = width
@@ -99,7 +101,9 @@ class SOLNet(nn.Module):
     def __init__(self, config: ModelConfig, channels: int, organs: int) -> None:
         super().__init__()
         block = {"reduction": config.se_reduction, "norm": config.norm}
-        self.blocks = nn.Sequential(SEResBlock3d(channels, channels, **block), SEResBlock3d(channels, channels, **block))
+        self.blocks = nn.Sequential(
+            SEResBlock3d(channels, channels, **block), SEResBlock3d(channels, channels, **block)
+        )
         self.head = nn.Conv3d(channels, organs, 1)
         # peaks are rare: starting at probability 0.1 keeps the background from dominating the first steps
         nn.init.constant_(self.head.bias, -2.19)

@@ -103,7 +103,9 @@ def find_inputs(source: Path) -> list[tuple[str, Path]]:
     if source.is_file():
         suffix = next((s for s in IMAGE_SUFFIXES if source.name.lower().endswith(s)), None)
         if suffix is None:
-            raise FocusNetError(f"{source}: not an image; expected one of {', '.join(IMAGE_SUFFIXES)} or a DICOM folder")
+            raise FocusNetError(
+                f"{source}: not an image; expected one of {', '.join(IMAGE_SUFFIXES)} or a DICOM folder"
+            )
         return [(source.name[: -len(suffix)], source)]
     if not source.is_dir():
         raise FocusNetError(f"{source}: no such file or folder")
@@ -119,10 +121,14 @@ def find_inputs(source: Path) -> list[tuple[str, Path]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = command_parser("predict", "CHECKPOINT INPUT --out OUT", "Segment CTs; masks lie on exactly the CTs' grids.")
+    parser = command_parser(
+        "predict", "CHECKPOINT INPUT --out OUT", "Segment CTs; masks lie on exactly the CTs' grids."
+    )
     parser.add_argument("checkpoint", type=Path, help="best.pt of a training run")
     parser.add_argument("input", type=Path, help="an image file, a folder of images or of cases, or a DICOM folder")
-    parser.add_argument("--out", type=Path, required=True, help="one folder per case: label map, statistics, QC picture")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="one folder per case: label map, statistics, QC picture"
+    )
     parser.add_argument("--per_organ", action="store_true", help="one binary mask per organ instead of one label map")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arguments = parse(parser, argv)

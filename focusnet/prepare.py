@@ -130,23 +130,15 @@ def _finish(data: Path, cache: Path, config: DataConfig, reports: list[CaseRepor
 
 def _small_organs(sizes: dict[str, list[OrganSize]], config: DataConfig) -> set[str]:
     if config.small_organs is None:
-        return {
-            name
-            for name, found in sizes.items()
-            if np.mean([size.voxels for size in found]) < config.small_voxels
-        }
+        return {name for name, found in sizes.items() if np.mean([size.voxels for size in found]) < config.small_voxels}
     small = {canonical_name(name) for name in config.small_organs}
     absent = sorted(small.difference(sizes))
     if absent:
-        raise FocusNetError(
-            f"data.small_organs has {absent[0]}, which is none of the organs: {', '.join(sizes)}"
-        )
+        raise FocusNetError(f"data.small_organs has {absent[0]}, which is none of the organs: {', '.join(sizes)}")
     return small
 
 
-def _organ_plan(
-    name: str, found: list[OrganSize], small: bool, reference: float, config: DataConfig
-) -> OrganPlan:
+def _organ_plan(name: str, found: list[OrganSize], small: bool, reference: float, config: DataConfig) -> OrganPlan:
     volume = float(np.mean([size.volume_mm3 for size in found]))
     sides = np.array([size.extent_mm for size in found])
     sides = np.where(sides <= OUTLYING * np.median(sides, axis=0), sides, np.nan)

@@ -64,9 +64,7 @@ def _draw_close_up(
     ax.set_ylim(min(labels.shape[1] - 0.5, y + margin), max(-0.5, y - margin))
 
 
-def _draw_plane(
-    ax: "Axes", image: Volume, labels: np.ndarray, axis: int, index: int, colors: Any, title: str
-) -> None:
+def _draw_plane(ax: "Axes", image: Volume, labels: np.ndarray, axis: int, index: int, colors: Any, title: str) -> None:
     spacing = [s for other, s in enumerate(image.grid.spacing) if other != axis]
     hu, plane = image.array.take(index, axis), labels.take(index, axis)
     upright = {"origin": "upper" if axis == 0 else "lower", "aspect": spacing[0] / spacing[1]}

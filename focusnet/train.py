@@ -32,7 +32,12 @@ from .validation import Validation, validate
 
 STAGES = ("snet", "sol", "sos", "joint")
 TRAINED = {"snet": ("snet",), "sol": ("sol",), "sos": ("sos",), "joint": ("snet", "sol", "sos")}
-AVAILABLE = {"snet": ("snet",), "sol": ("snet", "sol"), "sos": ("snet", "sol", "sos"), "joint": ("snet", "sol", "sos")}
+AVAILABLE = {
+    "snet": ("snet",),
+    "sol": ("snet", "sol"),
+    "sos": ("snet", "sol", "sos"),
+    "joint": ("snet", "sol", "sos"),
+}
 
 
 @dataclass
@@ -116,7 +121,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch)
         loss = self._train_epoch(stage, epoch, settings)
-        entry: dict[str, Any] = {"stage": stage, "epoch": epoch + 1, "loss": loss, "lr": learning_rate(settings, epoch)}
+        entry: dict[str, Any] = {
+            "stage": stage,
+            "epoch": epoch + 1,
+            "loss": loss,
+            "lr": learning_rate(settings, epoch),
+        }
         self.state.epoch += 1
         result = self._validate(stage) if self._validates(settings) else None
         if result is not None:
@@ -194,7 +204,12 @@ class Trainer:
         return validate(self.model, self.cache, self.validation_cases, self.device)
 
     def _report(
-        self, stage: str, settings: StageConfig, entry: dict[str, Any], seconds: float, result: Validation | None
+        self,
+        stage: str,
+        settings: StageConfig,
+        entry: dict[str, Any],
+        seconds: float,
+        result: Validation | None,
     ) -> None:
         left = seconds * (settings.epochs - self.state.epoch)
         score = f"  validation DSC {result.score:.3f}" if result is not None else ""
@@ -210,7 +225,10 @@ class Trainer:
         best = result is not None and result.score >= self.state.best
         if best and result is not None:
             self.state.best = result.score
-        training = {"state": vars(self.state), "optimizer": self.optimizer.state_dict() if self.optimizer else None}
+        training = {
+            "state": vars(self.state),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+        }
         if best:
             save_checkpoint(self.out / "best.pt", self.model, {"state": vars(self.state), "optimizer": None})
         save_checkpoint(self.out / "last.pt", self.model, training)
@@ -263,7 +281,13 @@ def _duration(seconds: float) -> str:
 
 
 def start_training(
-    source: Path, out: Path, config: Config, *, cache: Path | None = None, resume: bool = False, device: torch.device
+    source: Path,
+    out: Path,
+    config: Config,
+    *,
+    cache: Path | None = None,
+    resume: bool = False,
+    device: torch.device,
 ) -> None:
     """Prepare `source`, then train in `out`; what the command does.
 
@@ -300,7 +324,9 @@ def start_training(
     try:
         trainer.run()
     except KeyboardInterrupt:
-        saved = f"{last} holds the last finished epoch; go on with --resume" if last.exists() else "no epoch was finished"
+        saved = (
+            f"{last} holds the last finished epoch; go on with --resume" if last.exists() else "no epoch was finished"
+        )
         console.print(f"stopped: {saved}")
         raise
     console.print(f"done: best validation DSC {trainer.state.best:.3f}, {out / 'best.pt'}")

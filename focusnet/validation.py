@@ -35,7 +35,10 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """For the history: the score and every organ's mean DSC."""
-        return {"score": self.score, "dsc": {row.organ: row.dsc.mean for row in self.rows if row.group != "mean"}}
+        return {
+            "score": self.score,
+            "dsc": {row.organ: row.dsc.mean for row in self.rows if row.group != "mean"},
+        }
 
 
 def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.device) -> Validation:

@@ -91,7 +91,10 @@ def test_mirroring_without_the_partner_is_refused(prepared) -> None:
 
 
 def test_items_depend_on_seed_and_index_alone(prepared) -> None:
-    first, again = dataset(prepared, AugmentConfig(mirror=True)), dataset(prepared, AugmentConfig(mirror=True))
+    first, again = (
+        dataset(prepared, AugmentConfig(mirror=True)),
+        dataset(prepared, AugmentConfig(mirror=True)),
+    )
     again[3]
     for a, b in zip(first[7], again[7], strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())

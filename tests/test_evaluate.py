@@ -27,10 +27,7 @@ from focusnet.evaluate import (
 SHAPE = (8, 20, 20)
 SPACING = (2.5, 1.0, 1.0)
 DIAGONAL = math.sqrt(20**2 + 20**2 + 20**2)
-REAL = (
-    Path(os.environ.get("FOCUSNET_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    / "deepmind-oars"
-)
+REAL = Path(os.environ.get("FOCUSNET_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "deepmind-oars"
 
 
 def _box(z: int, y: int, x: int, size: tuple[int, int, int] = (4, 4, 4)) -> np.ndarray:
@@ -130,9 +127,7 @@ def test_table_counts_and_penalises_a_missed_organ() -> None:
 
 
 def test_an_organ_that_no_truth_has_gets_no_row() -> None:
-    assert (
-        summarize([OrganScore("a", "Lens_L", "spurious"), OrganScore("b", "Lens_L", "absent")], set()) == []
-    )
+    assert summarize([OrganScore("a", "Lens_L", "spurious"), OrganScore("b", "Lens_L", "absent")], set()) == []
 
 
 @settings(max_examples=30, deadline=None)
@@ -196,9 +191,7 @@ def test_several_processes_give_the_same(folders: tuple[Path, Path]) -> None:
     assert evaluate(*folders, processes=2) == evaluate(*folders, processes=1)
 
 
-def test_command_writes_all_files(
-    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_command_writes_all_files(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "new" / "out"
     options = ["--out", str(out), "--small", "Lens-Lt", "--organs", "Brainstem", "Lens_L", "--processes", "1"]
     assert main([*map(str, folders), *options]) == 0
@@ -244,9 +237,7 @@ def test_different_grids_name_both_files(folders: tuple[Path, Path]) -> None:
         image = sitk.ReadImage(str(file))
         image.SetSpacing((1.0, 1.0, 3.0))
         sitk.WriteImage(image, str(file))
-    with pytest.raises(
-        FocusNetError, match=r"labels\.nii\.gz lies on another grid than .*Brainstem\.nrrd: spacing"
-    ):
+    with pytest.raises(FocusNetError, match=r"labels\.nii\.gz lies on another grid than .*Brainstem\.nrrd: spacing"):
         evaluate(truth, prediction, processes=1)
 
 

@@ -7,7 +7,9 @@ from focuskernels import HeatmapPeaks, heatmap_argmax_3d
 
 
 def gaussian(shape: tuple[int, int, int], center: tuple[float, float, float], sigma: float = 1.5) -> Tensor:
-    axes = [torch.exp(-((torch.arange(n, dtype=torch.float64) - c) ** 2) / (2 * sigma**2)) for n, c in zip(shape, center)]
+    axes = [
+        torch.exp(-((torch.arange(n, dtype=torch.float64) - c) ** 2) / (2 * sigma**2)) for n, c in zip(shape, center)
+    ]
     return axes[0][:, None, None] * axes[1][:, None] * axes[2]
 
 
@@ -81,7 +83,11 @@ def test_subvoxel_shift_is_at_most_half_a_voxel() -> None:
 
 
 def test_subvoxel_of_values_that_are_not_positive() -> None:
-    for heatmaps in (torch.zeros(1, 1, 3, 3, 3), -torch.rand(1, 1, 3, 3, 3), torch.eye(3).expand(1, 1, 3, 3, 3)):
+    for heatmaps in (
+        torch.zeros(1, 1, 3, 3, 3),
+        -torch.rand(1, 1, 3, 3, 3),
+        torch.eye(3).expand(1, 1, 3, 3, 3),
+    ):
         heatmaps = heatmaps.clone().requires_grad_()
         peaks = heatmap_argmax_3d(heatmaps, subvoxel=True)
         assert torch.equal(peaks.center, peaks.index.float())

@@ -26,9 +26,7 @@ def _blob(seed: int, shape: tuple[int, int, int] = (12, 20, 18), share: float = 
     return smooth > np.quantile(smooth, 1 - share)
 
 
-def _cube(
-    start: tuple[int, int, int], side: int = 4, shape: tuple[int, int, int] = (16, 16, 16)
-) -> np.ndarray:
+def _cube(start: tuple[int, int, int], side: int = 4, shape: tuple[int, int, int] = (16, 16, 16)) -> np.ndarray:
     mask = np.zeros(shape, bool)
     mask[tuple(slice(s, s + side) for s in start)] = True
     return mask
@@ -95,9 +93,7 @@ def test_the_volume_around_the_masks_changes_nothing(seed: int, margins: tuple[t
     padded = [np.pad(mask, margins) for mask in (truth, prediction)]
     assert hausdorff95(*padded, SPACING) == hausdorff95(truth, prediction, SPACING)
     assert dice(*padded) == dice(truth, prediction)
-    assert center_distance_mm(*padded, SPACING) == pytest.approx(
-        center_distance_mm(truth, prediction, SPACING)
-    )
+    assert center_distance_mm(*padded, SPACING) == pytest.approx(center_distance_mm(truth, prediction, SPACING))
 
 
 def test_a_missed_or_spurious_organ_costs_the_volume_diagonal() -> None:
@@ -116,12 +112,8 @@ def test_nothing_against_nothing_has_no_value() -> None:
 
 
 def test_center_distance_and_volume_difference() -> None:
-    assert center_distance_mm(_cube((4, 4, 4)), _cube((5, 4, 7)), SPACING) == pytest.approx(
-        math.hypot(2.5, 3.3)
-    )
-    assert relative_volume_difference(_cube((4, 4, 4)), _cube((4, 4, 4), side=5)) == pytest.approx(
-        125 / 64 - 1
-    )
+    assert center_distance_mm(_cube((4, 4, 4)), _cube((5, 4, 7)), SPACING) == pytest.approx(math.hypot(2.5, 3.3))
+    assert relative_volume_difference(_cube((4, 4, 4)), _cube((4, 4, 4), side=5)) == pytest.approx(125 / 64 - 1)
 
 
 def test_bounding_box() -> None:

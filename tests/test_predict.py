@@ -27,9 +27,7 @@ def run(checkpoint, source, out, *options):
     return predict.main([str(checkpoint), str(source), "--out", str(out), "--device", "cpu", *options])
 
 
-OBLIQUE = Grid(
-    (14, 24, 26), (3.0, 2.0, 2.0), (10.0, -20.0, 30.0), (0.96, -0.28, 0.0, 0.28, 0.96, 0.0, 0.0, 0.0, 1.0)
-)
+OBLIQUE = Grid((14, 24, 26), (3.0, 2.0, 2.0), (10.0, -20.0, 30.0), (0.96, -0.28, 0.0, 0.28, 0.96, 0.0, 0.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("grid", [GRID, OBLIQUE], ids=["axial", "oblique"])

@@ -272,7 +272,14 @@ def test_small_organs_and_weights_are_close_to_the_authors() -> None:
     volumes = {"Brainstem": 27_400.0, "OpticChiasm": 573.0, "Bone_Mandible": 58_000.0, "OpticNrv_L": 750.0,
                "Parotid_L": 30_000.0, "Glnd_Submand_L": 8_500.0}  # fmt: skip
     plan = make_plan([report("a", **volumes)], DataConfig())
-    by_hand = {"Brainstem": 1, "OpticChiasm": 8, "Bone_Mandible": 1, "OpticNrv_L": 8, "Parotid_L": 1, "Glnd_Submand_L": 2}
+    by_hand = {
+        "Brainstem": 1,
+        "OpticChiasm": 8,
+        "Bone_Mandible": 1,
+        "OpticNrv_L": 8,
+        "Parotid_L": 1,
+        "Glnd_Submand_L": 2,
+    }
     assert plan.small_organs == ["OpticChiasm", "OpticNrv_L"]
     for organ in plan.organs:
         assert by_hand[organ.name] / 2 < organ.alpha < by_hand[organ.name] * 2

@@ -93,15 +93,9 @@ def test_every_storage_order_gives_the_same_patient(order: tuple[int, ...], sign
     first = [0.0, 0.0, 0.0]
     for axis, sign in zip(order, signs, strict=True):
         first[axis] = 0 if sign > 0 else upright.grid.shape[axis] - 1
-    columns = np.stack(
-        [turn[:, 2 - axis] * sign for axis, sign in zip(order, signs, strict=True)][::-1], axis=1
-    )
-    shape, spacing = (
-        [values[axis] for axis in order] for values in (upright.grid.shape, upright.grid.spacing)
-    )
-    stored = Volume(
-        array, Grid(tuple(shape), tuple(spacing), tuple(upright.grid.point(first)), tuple(columns.ravel()))
-    )
+    columns = np.stack([turn[:, 2 - axis] * sign for axis, sign in zip(order, signs, strict=True)][::-1], axis=1)
+    shape, spacing = ([values[axis] for axis in order] for values in (upright.grid.shape, upright.grid.spacing))
+    stored = Volume(array, Grid(tuple(shape), tuple(spacing), tuple(upright.grid.point(first)), tuple(columns.ravel())))
     found = reorient(stored)
     np.testing.assert_array_equal(found.array, upright.array)
     assert found.grid.matches(upright.grid, 1e-9)

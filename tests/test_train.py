@@ -95,7 +95,11 @@ def test_frozen_parts_do_not_move_nor_do_their_norms(data, tmp_path) -> None:
         start_training(data, tmp_path / name, config, device=CPU)
         return weights(tmp_path / name / "last.pt")
 
-    snet_only, with_sol, with_sos = train("a", snet=1), train("b", snet=1, sol=1), train("c", snet=1, sol=1, sos=1)
+    snet_only, with_sol, with_sos = (
+        train("a", snet=1),
+        train("b", snet=1, sol=1),
+        train("c", snet=1, sol=1, sos=1),
+    )
 
     def changed(before, after):
         return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}

@@ -11,7 +11,12 @@ Scales = Sequence[tuple[float, float, float]]
 
 
 def forward(
-    sources: Sequence[Tensor], centers: Tensor, roi_size: Triple, output_size: Triple, scales: Scales, padding: str
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_size: Triple,
+    output_size: Triple,
+    scales: Scales,
+    padding: str,
 ) -> Tensor:
     """ROIs (K, sum C_i, d, h, w) of sources (N, C_i, D_i, H_i, W_i) around centers (K, 4)."""
     if values_are_readable(centers) and len(centers):
@@ -30,7 +35,12 @@ def coordinates(center: Tensor, roi: int, out: int, scale: float, size: int) -> 
 
 
 def gather_by_corners(
-    sources: Sequence[Tensor], centers: Tensor, roi_size: Triple, output_size: Triple, scales: Scales, padding: str
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_size: Triple,
+    output_size: Triple,
+    scales: Scales,
+    padding: str,
 ) -> Tensor:
     """The definition: trilinear interpolation as a sum over eight corners. It never looks at the values of `centers`."""
     batch = centers[:, 0]
@@ -45,7 +55,9 @@ def gather_by_corners(
         volume = source.transpose(0, 1)
         total = source.new_zeros(()).expand(source.shape[1], len(centers), *output_size)
         for (z, wz), (y, wy), (x, wx) in product(*axes):
-            voxels = volume[:, batch[:, None, None, None], z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]]
+            voxels = volume[
+                :, batch[:, None, None, None], z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]
+            ]
             weight = wz[:, :, None, None] * wy[:, None, :, None] * wx[:, None, None, :] * known[:, None, None, None]
             total = total + voxels * weight.to(source.dtype)
         regions.append(total.transpose(0, 1))
@@ -66,7 +78,12 @@ def _corners(position: Tensor, size: int, padding: str) -> list[tuple[Tensor, Te
 
 
 def gather_by_crops(
-    sources: Sequence[Tensor], centers: Tensor, roi_size: Triple, output_size: Triple, scales: Scales, padding: str
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_size: Triple,
+    output_size: Triple,
+    scales: Scales,
+    padding: str,
 ) -> Tensor:
     """The same by slicing each ROI out first; axes whose samples fall on voxels are copied, not interpolated."""
     batch = centers[:, 0].tolist()

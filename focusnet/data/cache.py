@@ -88,9 +88,7 @@ def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[Ca
         cached = _load(cache, case.name, fingerprints[case.name])
         if cached is not None:
             reports[case.name] = cached
-    jobs = [
-        (case, cache, config, values, fingerprints[case.name]) for case in cases if case.name not in reports
-    ]
+    jobs = [(case, cache, config, values, fingerprints[case.name]) for case in cases if case.name not in reports]
     for report in _progress(_run(jobs), len(jobs)):
         reports[report.name] = report
     return [reports[case.name] for case in cases]
@@ -183,9 +181,7 @@ def _build(job: Job) -> CaseReport:
     prepared = prepare_image(image, config)
     if min(prepared.array.shape) < MIN_VOXELS:
         size, spacing = _times(prepared.array.shape), _times(config.spacing)
-        report.problems.append(
-            f"its body is only {size} voxels at {spacing} mm, expected {MIN_VOXELS} or more"
-        )
+        report.problems.append(f"its body is only {size} voxels at {spacing} mm, expected {MIN_VOXELS} or more")
         return report
     _check_cropping(painted, body_box(image, config.body_margin_mm), values, report)
     labels = _as_values(resample(Volume(painted, image.grid), prepared.grid, labels=True).array, values)
@@ -240,9 +236,7 @@ def _paint(case: Case, grid: Grid | None, values: list[str], report: CaseReport)
                     continue
                 inside = mask.array[box]
                 report.sizes[organ] = _size(inside, mask.grid)
-                np.maximum(
-                    painted[box], np.where(inside, np.uint8(ranks[organ]), np.uint8(0)), out=painted[box]
-                )
+                np.maximum(painted[box], np.where(inside, np.uint8(ranks[organ]), np.uint8(0)), out=painted[box])
         except FocusNetError as error:
             report.problems.append(str(error))
     if not report.sizes and not report.problems:
@@ -279,9 +273,7 @@ def _size(inside: np.ndarray, grid: Grid) -> OrganSize:
     return OrganSize(voxels, voxels * grid.voxel_mm3, (z, y, x))
 
 
-def _check_cropping(
-    painted: np.ndarray, box: tuple[slice, ...], values: list[str], report: CaseReport
-) -> None:
+def _check_cropping(painted: np.ndarray, box: tuple[slice, ...], values: list[str], report: CaseReport) -> None:
     before, after = (np.bincount(part.ravel(), minlength=256) for part in (painted, painted[box]))
     for rank, organ in enumerate(overlap_order(values), start=1):
         lost = 1 - after[rank] / before[rank] if before[rank] else 0
@@ -305,9 +297,7 @@ def _record(labels: np.ndarray, values: list[str], report: CaseReport) -> CaseRe
     for value, (organ, box) in enumerate(zip(values, boxes, strict=True), start=1):
         if box is None:
             if report.sizes.pop(organ, None) is not None:
-                report.notes.append(
-                    f"{organ}: nothing of it is left on the prepared grid, it counts as not contoured"
-                )
+                report.notes.append(f"{organ}: nothing of it is left on the prepared grid, it counts as not contoured")
             continue
         points = np.nonzero(labels[box] == value)
         center = [float(along.mean() + side.start) for along, side in zip(points, box, strict=True)]

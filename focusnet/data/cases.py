@@ -73,9 +73,7 @@ def find_cases(root: Path) -> list[Case]:
     if (root / "labelsTr").is_dir() or (root / "imagesTr").is_dir():
         cases = _nnunet_cases(root)
     else:
-        folders = sorted(
-            folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-        )
+        folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
         cases = [case for folder in folders if (case := _case_in(folder)) is not None]
         own = _case_in(root) if not cases else None
         cases = cases or ([own] if own is not None else [])
@@ -136,9 +134,7 @@ def read_masks(case: Case, grid: Grid | None = None) -> tuple[dict[str, np.ndarr
 def _multilabel_masks(case: Case, path: Path, grid: Grid | None) -> Iterator[tuple[str, np.ndarray, Grid]]:
     volume = read_labels(path)
     grid = _same_grid(path, volume.grid, grid)
-    unnamed = [
-        value for value in np.unique(volume.array).tolist() if value and value not in case.label_values
-    ]
+    unnamed = [value for value in np.unique(volume.array).tolist() if value and value not in case.label_values]
     if unnamed and not case.unknown:
         raise FocusNetError(f"{path} holds label {unnamed[0]}, which its label table does not name")
     for organ in sorted(set(case.label_values.values())):
@@ -174,9 +170,7 @@ def _stem(path: Path) -> str:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and _stem(path)
-    )
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and _stem(path))
 
 
 def _case_in(folder: Path) -> Case | None:
@@ -249,9 +243,7 @@ def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str,
 def _nnunet_cases(root: Path) -> list[Case]:
     table = root / "dataset.json"
     content = _read_json(table)
-    labels = (
-        {_stem(path): path for path in _images(root / "labelsTr")} if (root / "labelsTr").is_dir() else {}
-    )
+    labels = {_stem(path): path for path in _images(root / "labelsTr")} if (root / "labelsTr").is_dir() else {}
     images = {}
     if (root / "imagesTr").is_dir():
         images = {

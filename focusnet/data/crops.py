@@ -82,7 +82,9 @@ class CropDataset(Dataset[Crop]):
         order = np.random.default_rng([self.config.train.seed, 0, round_]).permutation(len(self.cases))
         return self.cases[order[place]]
 
-    def _points(self, case: CaseRecord, center: np.ndarray, to_source: np.ndarray, size: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    def _points(
+        self, case: CaseRecord, center: np.ndarray, to_source: np.ndarray, size: tuple[int, int, int]
+    ) -> dict[str, np.ndarray]:
         inverse, middle = np.linalg.inv(to_source), (np.array(size) - 1) / 2
         return {name: inverse @ (np.array(point) - center) + middle for name, point in case.centers.items()}
 
@@ -96,7 +98,12 @@ def load_case(cache: Path, case: CaseRecord) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cut(
-    image: np.ndarray, labels: np.ndarray, center: np.ndarray, to_source: np.ndarray, size: tuple[int, int, int], fill: float
+    image: np.ndarray,
+    labels: np.ndarray,
+    center: np.ndarray,
+    to_source: np.ndarray,
+    size: tuple[int, int, int],
+    fill: float,
 ) -> tuple[Tensor, Tensor]:
     """Resample a crop of `size` around `center` (voxels of the source).
 
@@ -141,7 +148,11 @@ def _padded_box(array: np.ndarray, low: np.ndarray, high: np.ndarray, fill: floa
 
 
 def _crop_center(
-    case: CaseRecord, organs: list[str], size: tuple[int, int, int], organ_share: float, rng: np.random.Generator
+    case: CaseRecord,
+    organs: list[str],
+    size: tuple[int, int, int],
+    organ_share: float,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Middle of a crop in voxels: near one of `organs` or anywhere, inside the volume as far as that is large enough."""
     shape, extent = np.array(case.shape, dtype=float), np.array(size, dtype=float)
@@ -196,5 +207,7 @@ def _mirrored_labels(plan: Plan) -> Tensor:
     names = plan.organ_names
     alone = [name for name in names if mirror_name(name) not in names]
     if alone:
-        raise FocusNetError(f"train.augment.mirror needs both sides of paired organs, but {mirror_name(alone[0])} is not segmented")
+        raise FocusNetError(
+            f"train.augment.mirror needs both sides of paired organs, but {mirror_name(alone[0])} is not segmented"
+        )
     return torch.tensor([0, *(names.index(mirror_name(name)) + 1 for name in names)], dtype=torch.uint8)

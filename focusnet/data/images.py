@@ -198,9 +198,7 @@ def resample(volume: Volume, grid: Grid, *, labels: bool = False, fill: float = 
         source.GetPixelID() if labels else sitk.sitkFloat32,
     )
     values = sitk.GetArrayViewFromImage(image)
-    return Volume(
-        values.astype(dtype) if labels or dtype.kind == "f" else np.rint(values).astype(dtype), grid
-    )
+    return Volume(values.astype(dtype) if labels or dtype.kind == "f" else np.rint(values).astype(dtype), grid)
 
 
 def resampled_grid(grid: Grid, spacing: tuple[float, float, float]) -> Grid:
@@ -269,9 +267,7 @@ def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:
         _check_finite(values, path)
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
-        raise FocusNetError(
-            f"{path} is no label map: its values reach from {low:g} to {high:g}, expected 0 to 65535"
-        )
+        raise FocusNetError(f"{path} is no label map: its values reach from {low:g} to {high:g}, expected 0 to 65535")
     labels = values.astype(np.uint8 if high <= 255 else np.uint16)
     if values.dtype.kind == "f" and not np.array_equal(labels, values):
         raise FocusNetError(f"{path} is no label map: it holds fractions, expected whole numbers")
@@ -296,9 +292,7 @@ def _checked_grid(size: Any, spacing: Any, origin: Any, direction: Any, path: Pa
         )
     determinant = np.linalg.det(np.reshape(direction, (3, 3)))
     if abs(abs(determinant) - 1) > 1e-2:
-        raise FocusNetError(
-            f"{path} has a direction matrix of determinant {determinant:.3g}, expected a rotation"
-        )
+        raise FocusNetError(f"{path} has a direction matrix of determinant {determinant:.3g}, expected a rotation")
     return Grid(_triple(size[::-1]), _triple(spacing[::-1]), _triple(origin), tuple(direction))
 
 
@@ -338,11 +332,7 @@ def _check_name(path: Path) -> None:
     if not path.exists():
         raise FocusNetError(f"cannot read {path}: no such file")
     if not path.name.lower().endswith(SUFFIXES):
-        hint = (
-            "; give the folder of a DICOM series, not a slice"
-            if path.suffix.lower() in ("", ".dcm", ".ima")
-            else ""
-        )
+        hint = "; give the folder of a DICOM series, not a slice" if path.suffix.lower() in ("", ".dcm", ".ima") else ""
         raise FocusNetError(f"cannot read {path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")
 
 
@@ -357,9 +347,7 @@ def _read_file(path: Path) -> "sitk.Image":
     channels = image.GetNumberOfComponentsPerPixel()
     if image.GetDimension() != 3 or channels != 1:
         shape = "x".join(map(str, image.GetSize()))
-        raise FocusNetError(
-            f"{path} is {image.GetDimension()}D ({shape}) with {channels} channels, expected 3D with 1"
-        )
+        raise FocusNetError(f"{path} is {image.GetDimension()}D ({shape}) with {channels} channels, expected 3D with 1")
     return image
 
 
@@ -442,9 +430,7 @@ def _read_series(folder: Path) -> "sitk.Image":
     reader.SetFileNames(files)
     image = reader.Execute()
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or image.GetSize()[2] < 2:
-        raise FocusNetError(
-            f"{folder} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices"
-        )
+        raise FocusNetError(f"{folder} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices")
     return image
 
 
@@ -466,9 +452,7 @@ def _sorted_slices(folder: Path, files: Iterable[str]) -> list[str]:
             position = [float(v) for v in tags["0020|0032"].split("\\")]
             axes = np.array([float(v) for v in tags["0020|0037"].split("\\")]).reshape(2, 3)
         except (KeyError, ValueError) as error:
-            raise FocusNetError(
-                f"cannot read {file}: no image position or orientation, expected a CT slice"
-            ) from error
+            raise FocusNetError(f"cannot read {file}: no image position or orientation, expected a CT slice") from error
         positions.append(np.array(position))
         names.append(file)
         if len(names) == 1:
@@ -483,9 +467,7 @@ def _sorted_slices(folder: Path, files: Iterable[str]) -> list[str]:
     spacing = float(np.median(steps))
     if spacing < 1e-3 or steps.min() < 1e-3:
         at = along[int(np.argmin(steps))]
-        raise FocusNetError(
-            f"cannot read {folder}: two slices lie at the same position, {at:.2f} mm along the normal"
-        )
+        raise FocusNetError(f"cannot read {folder}: two slices lie at the same position, {at:.2f} mm along the normal")
     uneven = np.abs(steps - spacing) > max(0.02 * spacing, 0.01)
     if uneven.any():
         at = int(np.argmax(uneven))

@@ -92,8 +92,7 @@ def _sides(organ: Organ) -> list[Organ]:
 
 
 ORGANS: dict[str, Organ] = {
-    organ.name: organ
-    for organ in (*_MIDLINE, *(side for pair in _PAIRED for side in _sides(pair)), *_EYE_SEGMENTS)
+    organ.name: organ for organ in (*_MIDLINE, *(side for pair in _PAIRED for side in _sides(pair)), *_EYE_SEGMENTS)
 }
 
 

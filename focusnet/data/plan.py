@@ -109,9 +109,7 @@ class Plan:
     def save(self, path: Path) -> None:
         """Write JSON, atomically."""
         with atomic_write(path) as temporary:
-            temporary.write_text(
-                json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-            )
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Plan":

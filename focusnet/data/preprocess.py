@@ -61,9 +61,7 @@ def reorient(volume: Volume) -> Volume:
     """The same voxels (a view) ordered along the patient's axes: z to superior, y to posterior, x to the
     left."""
     columns = np.reshape(volume.grid.direction, (3, 3))
-    order = max(
-        permutations(range(3)), key=lambda axes: sum(abs(columns[row, axis]) for row, axis in enumerate(axes))
-    )
+    order = max(permutations(range(3)), key=lambda axes: sum(abs(columns[row, axis]) for row, axis in enumerate(axes)))
     flip = [columns[row, axis] < 0 for row, axis in enumerate(order)]
     if list(order) == [0, 1, 2] and not any(flip):
         return volume

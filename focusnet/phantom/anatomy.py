@@ -69,9 +69,7 @@ def _e(centre: Point, semi: Point, frame: np.ndarray = BASE, pitch: float = 0, y
     return Ellipsoid(centre, semi, frame, pitch, yaw)
 
 
-def _t(
-    points: list[Point], radii: list[float] | float, frame: np.ndarray = BASE, stretch: Point = (1, 1, 1)
-) -> Tube:
+def _t(points: list[Point], radii: list[float] | float, frame: np.ndarray = BASE, stretch: Point = (1, 1, 1)) -> Tube:
     several = tuple(radii) if isinstance(radii, list) else (float(radii),) * len(points)
     return Tube(tuple(points), several, frame, stretch)
 
@@ -373,9 +371,7 @@ SOFT_TISSUES: tuple[Tissue, ...] = (
     # face: chewing muscles, tongue, floor of the mouth, cheeks, walls of the pharynx
     Tissue(_shape(_e((60.5, -44, 10), (9, 27, 34), FACE, yaw=8)), _MUSCLE, paired=True),
     Tissue(_shape(_e((57, -39, -58), (7.5, 15, 29), FACE)), _MUSCLE, paired=True),
-    Tissue(
-        _shape(_t([(26, -40, -24), (40, -32, -62), (43, -28, -78)], [9, 6, 5], FACE)), _MUSCLE, paired=True
-    ),
+    Tissue(_shape(_t([(26, -40, -24), (40, -32, -62), (43, -28, -78)], [9, 6, 5], FACE)), _MUSCLE, paired=True),
     Tissue(_shape(_t([(20, -46, -16), (46, -24, -20)], [9, 6], FACE)), _MUSCLE, paired=True),
     Tissue(
         _shape(
@@ -572,9 +568,7 @@ AIR_AND_CARTILAGE: tuple[Tissue, ...] = (
     ),
     Tissue(_shape(_e((0, -43, -88), (10, 2.2, 9), pitch=30)), 60.0),
     Tissue(
-        _shape(
-            _t(_mirror([(0, -56, -110), (13, -46, -112), (20, -30, -114)]), [1.7] * 5, stretch=(1, 1, 0.14))
-        ),
+        _shape(_t(_mirror([(0, -56, -110), (13, -46, -112), (20, -30, -114)]), [1.7] * 5, stretch=(1, 1, 0.14))),
         210.0,
         70.0,
     ),

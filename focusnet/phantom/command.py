@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         default="full",
         help=f"name or [z,y,x] in mm; {sizes} mm",
     )
-    option(
-        "--missing", type=float, default=0.0, help="probability that an organ is in the CT but has no mask"
-    )
+    option("--missing", type=float, default=0.0, help="probability that an organ is in the CT but has no mask")
     option("--organs", type=list[str] | None, help="[Lens_L,Lens_R,...]; default: the paper's")
     option(
         "--from_labels",
@@ -72,17 +70,13 @@ def main(argv: list[str] | None = None) -> int:
             missing=options.missing,
             organs=options.organs,
         )
-        jobs = [
-            (f"phantom_{index:04d}", partial(make, index, seed)) for index in range(count or DEFAULT_CASES)
-        ]
+        jobs = [(f"phantom_{index:04d}", partial(make, index, seed)) for index in range(count or DEFAULT_CASES)]
     else:
         jobs = [
             (f"hybrid_{case.name}", partial(_hybrid, index, seed, case, options.spacing))
             for index, case in enumerate(find_cases(labels)[:count])
         ]
-    for name, job in track(
-        jobs, "phantoms" if labels is None else "hybrids", console=Console(file=sys.stderr)
-    ):
+    for name, job in track(jobs, "phantoms" if labels is None else "hybrids", console=Console(file=sys.stderr)):
         try:
             write_case(out / name, *job())
         except FocusNetError as error:

@@ -51,10 +51,7 @@ def make_hybrid(
     grid = cropped_grid(grid, box)
     patient = Patient.sample(seed, index)
     middle = _centre(present["Brainstem"], grid) if "Brainstem" in present else np.zeros(3)
-    axes = [
-        np.array(grid.origin)[2 - i] - middle[2 - i] + grid.spacing[i] * np.arange(grid.shape[i])
-        for i in range(3)
-    ]
+    axes = [np.array(grid.origin)[2 - i] - middle[2 - i] + grid.spacing[i] * np.arange(grid.shape[i]) for i in range(3)]
     field = _placed(present, axes, grid, patient)
     organs = locals_of(field, patient.organs)
     organs |= {name: _local(mask, grid) for name, mask in present.items()}
@@ -82,11 +79,7 @@ def _placed(masks: Mapping[str, np.ndarray], axes: list[np.ndarray], grid: Grid,
     """The phantom's coordinates at every voxel, such that its organs lie where the contours are."""
     origin = np.array([axes[2][0], axes[1][0], axes[0][0]])
     local = Grid(grid.shape, grid.spacing, (float(origin[0]), float(origin[1]), float(origin[2])))
-    known = [
-        name
-        for name in sorted(masks)
-        if base_name(name) in anatomy.ORGANS and base_name(name) not in _EXTENDED
-    ]
+    known = [name for name in sorted(masks) if base_name(name) in anatomy.ORGANS and base_name(name) not in _EXTENDED]
     if len(known) < 3:
         raise FocusNetError(
             f"{', '.join(sorted(masks))} do not place the head, expected 3 organs or more besides the cord"
@@ -97,9 +90,7 @@ def _placed(masks: Mapping[str, np.ndarray], axes: list[np.ndarray], grid: Grid,
     z, y, x = (values.astype(np.float32) for values in axes)
     points = np.empty((3, *grid.shape), np.float32)
     for i in range(3):
-        points[i] = (
-            (matrix[i, 2] * z + shift[i])[:, None, None] + (matrix[i, 1] * y)[:, None] + matrix[i, 0] * x
-        )
+        points[i] = (matrix[i, 2] * z + shift[i])[:, None, None] + (matrix[i, 1] * y)[:, None] + matrix[i, 0] * x
     cord = masks.get("SpinalCord", masks.get("SpinalCanal"))
     if cord is not None:
         along = _cord_landmarks(cord, local)
@@ -136,9 +127,7 @@ def _pull(points: np.ndarray, axes: tuple[np.ndarray, ...], sources: np.ndarray,
     total = np.full(points.shape[1:], 0.3, np.float32)
     pulled = np.zeros_like(points)
     for source, shift in zip(sources, shifts, strict=True):
-        wx, wy, wz = (
-            np.exp(-0.5 * ((u - s) / REACH_MM) ** 2) for u, s in zip((x, y, z), source, strict=True)
-        )
+        wx, wy, wz = (np.exp(-0.5 * ((u - s) / REACH_MM) ** 2) for u, s in zip((x, y, z), source, strict=True))
         weight = (wz[:, None, None] * wy[:, None] * wx).astype(np.float32)
         total += weight
         for i in range(3):
@@ -160,7 +149,5 @@ def _local(mask: np.ndarray, grid: Grid) -> Local:
     part = mask[box]
     half = 0.5 * min(grid.spacing)  # the surface runs between voxel centres
     outer = ndimage.distance_transform_edt(~part, grid.spacing)
-    inner = (
-        ndimage.distance_transform_edt(part, grid.spacing) if not part.all() else np.full(part.shape, 10.0)
-    )
+    inner = ndimage.distance_transform_edt(part, grid.spacing) if not part.all() else np.full(part.shape, 10.0)
     return Local(box, np.where(part, half - inner, outer - half).astype(np.float32))

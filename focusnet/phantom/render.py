@@ -24,9 +24,7 @@ PAPER_ORGANS = tuple(
     for name in ((f"{base}_L", f"{base}_R") if base in anatomy.PAIRED else (base,))
 )  # fmt: skip
 ALL_ORGANS = tuple(
-    name
-    for base in anatomy.ORGANS
-    for name in ((f"{base}_L", f"{base}_R") if base in anatomy.PAIRED else (base,))
+    name for base in anatomy.ORGANS for name in ((f"{base}_L", f"{base}_R") if base in anatomy.PAIRED else (base,))
 )
 POSE_SD = np.deg2rad([8.6, 2.6, 2.4])  # pitch, yaw, roll of heads in planning CTs
 PIVOT = np.array([0.0, 12.0, -45.0])  # the head turns about the first vertebrae ...
@@ -92,12 +90,8 @@ class Patient:
         about_x = matrix(
             [[one, zero, zero], [zero, np.cos(pitch), -np.sin(pitch)], [zero, np.sin(pitch), np.cos(pitch)]]
         )
-        about_z = matrix(
-            [[np.cos(yaw), -np.sin(yaw), zero], [np.sin(yaw), np.cos(yaw), zero], [zero, zero, one]]
-        )
-        about_y = matrix(
-            [[np.cos(roll), zero, np.sin(roll)], [zero, one, zero], [-np.sin(roll), zero, np.cos(roll)]]
-        )
+        about_z = matrix([[np.cos(yaw), -np.sin(yaw), zero], [np.sin(yaw), np.cos(yaw), zero], [zero, zero, one]])
+        about_y = matrix([[np.cos(roll), zero, np.sin(roll)], [zero, one, zero], [-np.sin(roll), zero, np.cos(roll)]])
         return about_x @ about_y @ about_z
 
     def field(self, grid: Grid, axes: list[np.ndarray]) -> Field:
@@ -109,9 +103,7 @@ class Patient:
         points = np.empty((3, *grid.shape), np.float32)
         for i in range(3):
             line = (turn[:, i, 2] * rest[2] + np.float32(PIVOT[i]))[:, None, None]
-            points[i] = (
-                turn[:, i, 0, None, None] * rest[0] + turn[:, i, 1, None, None] * rest[1][:, None] + line
-            )
+            points[i] = turn[:, i, 0, None, None] * rest[0] + turn[:, i, 1, None, None] * rest[1][:, None] + line
             points[i] /= np.float32(self.scale[i])
         return deformed(points, self.stream("deformation"), axes, grid.spacing)
 
@@ -166,9 +158,7 @@ def deformed(
     return Field(points, spacing)
 
 
-def paint(
-    patient: Patient, field: Field, axes: list[np.ndarray], organs: Mapping[str, Local | None]
-) -> np.ndarray:
+def paint(patient: Patient, field: Field, axes: list[np.ndarray], organs: Mapping[str, Local | None]) -> np.ndarray:
     """The CT of a patient.
 
     Args:
@@ -297,9 +287,7 @@ class Canvas:
         for side in (1, -1) if tissue.paired else (1,):
             local = self.field.local(replace(tissue.shape, side=side))
             if local is not None:
-                self.paint(
-                    local, tissue.hu * density, texture=tissue.texture, grain=tissue.grain, cortex=cortex
-                )
+                self.paint(local, tissue.hu * density, texture=tissue.texture, grain=tissue.grain, cortex=cortex)
 
     def organ(self, name: str, local: Local | None) -> None:
         """Paint an organ with the patient's HU for it."""
@@ -412,9 +400,7 @@ def _sample_organs(seed: tuple[int, int]) -> dict[str, tuple[Shape, float, Organ
         for side, suffix in ((1, "_L"), (-1, "_R")) if base in anatomy.PAIRED else ((1, ""),):
             name = base + suffix
             share = 0.7 if suffix else 1.0
-            shape = spec.shape.varied(
-                _stream(seed, name), size=spec.size * share, place=spec.place, bumps=spec.bumps
-            )
+            shape = spec.shape.varied(_stream(seed, name), size=spec.size * share, place=spec.place, bumps=spec.bumps)
             scale = shape.scale * float(np.exp(size)) if suffix else shape.scale
             organs[name] = (replace(shape, side=side, scale=scale), hu, spec)
     return organs
@@ -449,9 +435,7 @@ def _touches_edge(local: Local, shape: tuple[int, ...]) -> bool:
     if not len(inside):
         return True
     start = np.array([side.start for side in local.box])
-    return bool(
-        (inside.min(axis=0) + start <= 0).any() or (inside.max(axis=0) + start >= np.array(shape) - 1).any()
-    )
+    return bool((inside.min(axis=0) + start <= 0).any() or (inside.max(axis=0) + start >= np.array(shape) - 1).any())
 
 
 def _wanted(organs: Collection[str] | None) -> set[str]:

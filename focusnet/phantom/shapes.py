@@ -89,8 +89,7 @@ class Tube:
         local = [u * np.float32(s) for u, s in zip(_rotate(self.frame, points), self.stretch, strict=True)]
         stops = np.array(self.points) * np.array(self.stretch)
         parts = (
-            _segment(local, stops[i], stops[i + 1], self.radii[i], self.radii[i + 1])
-            for i in range(len(stops) - 1)
+            _segment(local, stops[i], stops[i + 1], self.radii[i], self.radii[i + 1]) for i in range(len(stops) - 1)
         )
         return reduce(np.minimum, parts)
 
@@ -107,9 +106,7 @@ class HalfSpace:
         """Signed distance at points (3, ...)."""
         normal = self.frame.T @ np.array(self.normal)
         length = np.linalg.norm(normal)
-        return sum(points[i] * np.float32(normal[i] / length) for i in range(3)) - np.float32(
-            self.offset / length
-        )
+        return sum(points[i] * np.float32(normal[i] / length) for i in range(3)) - np.float32(self.offset / length)
 
 
 Primitive = Ellipsoid | Tube
@@ -157,17 +154,12 @@ class Shape:
         sign = np.array([self.side, 1, 1])
         local = np.stack(
             [
-                (
-                    (points[i] - np.float32(self.shift[i] + sign[i] * middle[i]))
-                    * np.float32(sign[i] / self.scale)
-                )
+                ((points[i] - np.float32(self.shift[i] + sign[i] * middle[i])) * np.float32(sign[i] / self.scale))
                 + np.float32(middle[i])
                 for i in range(3)
             ]
         )
-        result = reduce(
-            lambda a, b: smooth_min(a, b, self.blend), (part.distance(local) for part in self.parts)
-        )
+        result = reduce(lambda a, b: smooth_min(a, b, self.blend), (part.distance(local) for part in self.parts))
         for plane in self.cut:
             result = np.maximum(result, plane.distance(local))
         if self.waves is not None:
@@ -181,9 +173,7 @@ class Shape:
         directions = rng.normal(size=(5, 3))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         wavelength = rng.uniform(0.8, 2.0, (5, 1)) * extent
-        waves = np.concatenate(
-            [directions * 2 * np.pi / wavelength, rng.uniform(0, 2 * np.pi, (5, 1))], axis=1
-        )
+        waves = np.concatenate([directions * 2 * np.pi / wavelength, rng.uniform(0, 2 * np.pi, (5, 1))], axis=1)
         shift = rng.normal(scale=place, size=3)
         scale = float(np.exp(np.clip(rng.normal(), -2.5, 2.5) * size))
         return replace(
@@ -248,9 +238,7 @@ class Local:
     def at(self, box: Box) -> np.ndarray:
         """The distances in another box."""
         result = np.full([side.stop - side.start for side in box], FAR, np.float32)
-        common = [
-            slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(self.box, box, strict=True)
-        ]
+        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(self.box, box, strict=True)]
         if all(side.start < side.stop for side in common):
             into, out_of = (
                 tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, other, strict=True))
@@ -289,9 +277,7 @@ def smooth_field(rng: np.random.Generator, axes: Sequence[np.ndarray], pitch: fl
     for positions in axes:
         weights = _cubic((np.asarray(positions)[:, None] - knots) / pitch).astype(np.float32)
         lattice = np.moveaxis(np.tensordot(weights, lattice, axes=(1, 0)), 0, -1)
-    return lattice / np.float32(
-        0.479**1.5
-    )  # SD of a sum of three-dimensional B-splines, averaged over positions
+    return lattice / np.float32(0.479**1.5)  # SD of a sum of three-dimensional B-splines, averaged over positions
 
 
 def _cubic(t: np.ndarray) -> np.ndarray:
@@ -302,15 +288,10 @@ def _cubic(t: np.ndarray) -> np.ndarray:
 def _rotate(frame: np.ndarray, points: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
     if np.array_equal(frame, BASE):
         return [points[0], points[1], points[2]]
-    return [
-        sum(points[j] * np.float32(frame[i, j]) for j in range(3) if abs(frame[i, j]) > 1e-9)
-        for i in range(3)
-    ]
+    return [sum(points[j] * np.float32(frame[i, j]) for j in range(3) if abs(frame[i, j]) > 1e-9) for i in range(3)]
 
 
-def _segment(
-    points: list[np.ndarray], start: np.ndarray, end: np.ndarray, first: float, last: float
-) -> np.ndarray:
+def _segment(points: list[np.ndarray], start: np.ndarray, end: np.ndarray, first: float, last: float) -> np.ndarray:
     along = end - start
     rest = [p - np.float32(s) for p, s in zip(points, start, strict=True)]
     t = sum(r * np.float32(a) for r, a in zip(rest, along, strict=True)) / np.float32(along @ along)
@@ -320,7 +301,5 @@ def _segment(
 
 
 def _bumps(points: np.ndarray, waves: np.ndarray) -> np.ndarray:
-    total = sum(
-        np.sin(points[0] * wave[0] + points[1] * wave[1] + points[2] * wave[2] + wave[3]) for wave in waves
-    )
+    total = sum(np.sin(points[0] * wave[0] + points[1] * wave[1] + points[2] * wave[2] + wave[3]) for wave in waves)
     return total * np.float32(np.sqrt(2 / len(waves)))
