@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import FocusNetError
@@ -28,4 +28,5 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise FocusNetError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is a file fails here too, and would hide the first error
+            temporary.unlink(missing_ok=True)
