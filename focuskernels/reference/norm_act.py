@@ -19,10 +19,9 @@ def forward(
     """(x - mean) / sqrt(var + eps) * weight + bias, then the activation, in the dtype of x."""
     if norm == "batch":
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    elif norm == "instance":
-        y = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     else:
-        y = F.group_norm(x, num_groups, weight, bias, eps)
+        # a group per channel is instance normalisation; F.instance_norm would copy through a view
+        y = F.group_norm(x, x.shape[1] if norm == "instance" else num_groups, weight, bias, eps)
     y = y.to(x.dtype)
     # In place: the backward of a norm reads its input, never its output.
     if activation == "relu":
