@@ -53,6 +53,26 @@ def test_segmentations_without_an_image(tmp_path: Path) -> None:
     assert masks["Eye_L"].sum() == 0
 
 
+def test_an_image_may_be_a_folder_of_dicom_slices(tmp_path: Path) -> None:
+    save(tmp_path / "p" / "structures" / "Chiasm.nrrd", cube(1))
+    (tmp_path / "p" / "ct").mkdir()
+    assert find_cases(tmp_path)[0].image == tmp_path / "p" / "ct"
+    image = save(tmp_path / "p" / "ct.nrrd", cube(0))
+    assert find_cases(tmp_path)[0].image == image
+
+
+def test_a_link_to_nothing_is_a_problem_not_an_absence(tmp_path: Path) -> None:
+    save(tmp_path / "p" / "img.nrrd", cube(0))
+    save(tmp_path / "p" / "structures" / "Lens_L.nrrd", cube(1))
+    (tmp_path / "p" / "structures" / "Chiasm.nrrd").symlink_to(tmp_path / "absent.nrrd")
+    (tmp_path / "q").symlink_to(tmp_path / "absent")
+    p, q = find_cases(tmp_path)
+    with pytest.raises(FocusNetError, match=r"Chiasm\.nrrd: no such file"):
+        read_masks(p)
+    with pytest.raises(FocusNetError, match=r"case q: .*q is a link to nothing"):
+        read_masks(q)
+
+
 def test_predictions(tmp_path: Path) -> None:
     save(tmp_path / "p" / "labels.nii.gz", cube(1) + 2 * cube(5))
     (tmp_path / "p" / "labels.json").write_text('{"1": "Brainstem", "2": "Lens_L", "3": "Lens_R"}')

@@ -322,8 +322,8 @@ def _fingerprint(case: Case, config: DataConfig) -> str:
 def _stamp(file: Path) -> tuple[int, int]:
     try:
         status = file.stat()
-    except OSError as error:
-        raise FocusNetError(f"cannot read {file}: {error.strerror or error}") from error
+    except OSError:  # reading it later names file, case and cause
+        return -1, -1
     return status.st_size, status.st_mtime_ns
 
 

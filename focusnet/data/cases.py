@@ -3,7 +3,7 @@
 Layouts (every `.nrrd` may also be `.nii.gz`, `.nii` or `.mha`; the image may be absent, except in HaN-Seg's):
 
 - PDDCA: `<case>/img.nrrd`, `<case>/structures/<Organ>.nrrd`
-- masks: `<case>/segmentations/<Organ>.nrrd`, with `img`, `image` or `ct` beside it
+- masks: `<case>/segmentations/<Organ>.nrrd`, with `img`, `image` or `ct` beside it: a file, or a folder of DICOM slices
 - predictions: `<case>/labels.nii.gz` and `labels.json` ({"1": "Brainstem", ...})
 - nnU-Net: `imagesTr/<case>_0000.nii.gz`, `labelsTr/<case>.nii.gz`, `dataset.json`
 - HaN-Seg: `<case>/<case>_IMG_CT.nrrd`, `<case>/<case>_OAR_<Organ>.seg.nrrd`
@@ -74,7 +74,7 @@ def find_cases(root: Path) -> list[Case]:
         cases = _nnunet_cases(root)
     else:
         folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-        cases = [case for folder in folders if (case := _case_in(folder)) is not None]
+        cases = [case for folder in folders if (case := _case_in(folder)) is not None] + _broken_links(root)
         own = _case_in(root) if not cases else None
         cases = cases or ([own] if own is not None else [])
     if not cases:
@@ -170,12 +170,22 @@ def _stem(path: Path) -> str:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and _stem(path))
+    """Files with an image's name; links to nothing too, so that reading them fails instead of losing an organ."""
+    return sorted(
+        path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith(".") and _stem(path)
+    )
+
+
+def _broken_links(root: Path) -> list[Case]:
+    links = sorted(path for path in root.iterdir() if not path.exists() and not path.name.startswith("."))
+    return [Case(link.name, None, problems=(f"{link} is a link to nothing",)) for link in links]
 
 
 def _case_in(folder: Path) -> Case | None:
     files = _images(folder)
-    image = next((path for stem in _IMAGE_STEMS for path in files if _stem(path).lower() == stem), None)
+    images = [path for stem in _IMAGE_STEMS for path in files if _stem(path).lower() == stem]
+    images += [folder / stem for stem in _IMAGE_STEMS if (folder / stem).is_dir()]  # of DICOM slices
+    image = images[0] if images else None
     masks = [path for name in _MASK_FOLDERS if (folder / name).is_dir() for path in _images(folder / name)]
     if masks:
         return _mask_case(folder.name, image, [(_stem(path), path) for path in masks])

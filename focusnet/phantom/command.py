@@ -1,5 +1,6 @@
 """`python -m focusnet.phantom OUT`: writes phantoms as a data set in PDDCA's layout."""
 
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,8 @@ from rich.progress import track
 
 from ..cli import command_parser, parse
 from ..data.cases import Case, find_cases, read_masks
-from ..data.images import Grid, Volume, resample, resampled_grid, write_labels
+from ..data.images import Grid, Volume, resample, resampled_grid, write_image, write_labels
 from ..errors import FocusNetError
-from ..files import atomic_write
 from .hybrid import make_hybrid
 from .render import FIELDS_OF_VIEW, FieldOfView, make_phantom
 
@@ -86,30 +86,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_case(folder: Path, image: Volume, masks: dict[str, np.ndarray]) -> None:
-    """Write a case in PDDCA's layout; the image comes last, older masks in the folder go first.
+    """Write a case in PDDCA's layout: whole or, when the process is killed, not at all. Its older files go.
 
     Raises:
         FocusNetError: a file cannot be written.
     """
-    for old in (folder / "structures").glob("*.nrrd"):
-        old.unlink()
-    for name, mask in masks.items():
-        write_labels(folder / "structures" / f"{name}.nrrd", mask, image.grid)
-    _write_image(folder / "img.nrrd", image)
+    partial = folder.with_name(f".tmp-{folder.name}")  # hidden, so that nothing takes it for a case
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        for name, mask in masks.items():
+            write_labels(partial / "structures" / f"{name}.nrrd", mask, image.grid)
+        write_image(partial / "img.nrrd", image)
+        _replace(folder, partial)
+    except OSError as error:
+        raise FocusNetError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_image(path: Path, image: Volume) -> None:
-    import SimpleITK as sitk
-
-    itk = sitk.GetImageFromArray(image.array)
-    itk.SetSpacing(image.grid.spacing[::-1])
-    itk.SetOrigin(image.grid.origin)
-    itk.SetDirection(image.grid.direction)
-    with atomic_write(path) as temporary:
-        try:
-            sitk.WriteImage(itk, str(temporary), useCompression=True)
-        except RuntimeError as error:
-            raise FocusNetError(f"cannot write {path}: {str(error).strip().splitlines()[-1]}") from error
+def _replace(folder: Path, partial: Path) -> None:
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    shutil.rmtree(folder / "structures", ignore_errors=True)
+    for part in partial.iterdir():
+        part.replace(folder / part.name)
 
 
 def _hybrid(index: int, seed: int, case: Case, spacing: Spacing | None) -> Phantom:
