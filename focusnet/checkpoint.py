@@ -40,7 +40,9 @@ class Model:
 def build_network(config: Config, plan: Plan) -> FocusNet:
     """A network with fresh weights for the organs of `plan`."""
     sizes = [organ.roi_size for organ in plan.organs if organ.small and organ.roi_size is not None]
-    return FocusNet(config.model, len(plan.organs), sizes)
+    network = FocusNet(config.model, len(plan.organs), sizes)
+    # the layout in which 3D convolutions are fastest, on CPUs and GPUs alike; activations follow the weights
+    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def save_checkpoint(path: Path, model: Model, training: dict[str, Any]) -> None:
