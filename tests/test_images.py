@@ -112,7 +112,8 @@ def test_bad_images_are_named_with_their_cause(tmp_path: Path) -> None:
         "3D with 1": _flat(tmp_path / "flat.nrrd"),
         "ending in": _text(tmp_path / "ct.txt"),
         "not a slice": _text(tmp_path / "ct.dcm"),
-        "cannot read": _text(tmp_path / "ct.nrrd"),
+        "not in the format": _text(tmp_path / "ct.nrrd"),
+        "is empty": _empty(tmp_path / "empty.nrrd"),
     }
     for cause, path in cases.items():
         with pytest.raises(FocusNetError, match=cause) as caught:
@@ -123,6 +124,11 @@ def test_bad_images_are_named_with_their_cause(tmp_path: Path) -> None:
 
 def _flat(path: Path) -> Path:
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 5), np.int16)), str(path))
+    return path
+
+
+def _empty(path: Path) -> Path:
+    path.touch()
     return path
 
 
@@ -243,6 +249,7 @@ def dicom_series(
         image = sitk.GetImageFromArray(np.full((1, 8, 9), 100 * number, np.int16))
         image.SetSpacing((0.5, 0.75, 2.0))
         for key, value in {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
             "0008|0060": modality,
             "0020|000e": uid,
             "0020|000d": "1.2",
@@ -285,3 +292,21 @@ def test_a_bad_dicom_folder_names_the_cause(
     with pytest.raises(FocusNetError, match=cause) as caught:
         read_image(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which", [0, 2, 5])
+@pytest.mark.parametrize("kept", [0.4, 0.97])
+def test_a_truncated_dicom_slice_is_named(tmp_path: Path, which: int, kept: float) -> None:
+    dicom_series(tmp_path, [2.0 * i for i in range(6)])
+    slices = sorted(tmp_path.iterdir(), key=lambda path: path.stem[-1])
+    slices[which].write_bytes(slices[which].read_bytes()[: int(kept * slices[which].stat().st_size)])
+    with pytest.raises(FocusNetError, match=slices[which].name) as caught:
+        read_image(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_beside_the_slices_do_not_matter(tmp_path: Path) -> None:
+    dicom_series(tmp_path, [0.0, 2.0, 4.0])
+    (tmp_path / "notes.txt").write_text("no slice")
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(200))
+    assert read_image(tmp_path).grid.shape == (3, 8, 9)

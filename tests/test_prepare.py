@@ -18,6 +18,7 @@ from focusnet.data.plan import CaseRecord, Plan
 from focusnet.errors import FocusNetError
 from focusnet.prepare import main, make_plan, outliers, prepare
 from tests.real_data import REAL, needs_real_data
+from tests.test_images import dicom_series
 from tests.tiny import GRID, SPACING, write_case, write_data
 
 CONFIG = DataConfig(spacing=SPACING, body_margin_mm=4.0)
@@ -242,6 +243,52 @@ def test_chosen_organs_alone_are_read(tmp_path: Path) -> None:
     assert plan.organ_names == ["Eye_R", "Eye_L"]
     assert plan.small_organs == []
     assert [case.name for case in plan.cases] == ["case_0", "case_3"]
+
+
+def _gap(root: Path, case: Path) -> str:
+    (case / "img.nrrd").unlink()
+    dicom_series(case / "ct", [0.0, 2.0, 4.0, 8.0])
+    return "ct: slices are missing or uneven between 4.00 and 8.00 mm"
+
+
+def _cut_image(root: Path, case: Path) -> str:
+    _truncate(case / "img.nrrd")
+    return "img.nrrd: its compressed voxels are truncated or damaged"
+
+
+def _nan_mask(root: Path, case: Path) -> str:
+    write_image(case / "structures" / "Eye_L.nrrd", Volume(np.full(GRID.shape, np.nan, np.float32), GRID))
+    return "Eye_L.nrrd has 8736 NaN"
+
+
+def _air(root: Path, case: Path) -> str:
+    write_image(case / "img.nrrd", Volume(np.full(GRID.shape, -1000, np.int16), GRID))
+    return "img.nrrd shows nobody"
+
+
+def _no_image(root: Path, case: Path) -> str:
+    (case / "img.nrrd").unlink()
+    return "it has no image"
+
+
+def _dangling(root: Path, case: Path) -> str:
+    (case / "structures" / "Lens_L.nrrd").symlink_to(root / "absent")
+    return "Lens_L.nrrd: no such file"
+
+
+@pytest.mark.parametrize("spoil", [_gap, _cut_image, _nan_mask, _air, _no_image, _dangling])
+def test_one_cause_is_one_line_and_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path, Path], str]
+) -> None:
+    data = write_data(tmp_path / "data", 1)
+    cause = spoil(tmp_path, data / "case_0")
+    assert main([str(data), "--cache", str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr()
+    (line,) = [line for line in said.out.splitlines() if line.startswith("unusable")]
+    assert line.startswith("unusable case_0: ")
+    assert cause in line
+    assert said.err.strip() == "error: unusable cases; repair them, or leave them out with --skip-bad"
+    assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from .cases import Case, iter_masks
 from .images import Grid, Volume, read_image, resample
 from .organs import canonical_name, overlap_order
 from .plan import CaseRecord, FloatTriple, case_record
-from .preprocess import body_box, prepare_image, reorient
+from .preprocess import BODY_HU, body_box, prepare_image, reorient
 
 FORMAT = 1
 WORKERS = 2
@@ -211,6 +211,8 @@ def _read_ct(case: Case, report: CaseReport) -> tuple[Volume | None, Grid | None
             f"{case.image} has only {_times(volume.array.shape)} voxels (z, y, x), "
             f"expected {MIN_VOXELS} or more along each axis"
         )
+    if not (volume.array > BODY_HU).any():
+        report.problems.append(f"{case.image} shows nobody: no voxel is above {BODY_HU} HU")
     return reorient(volume), volume.grid
 
 
@@ -245,14 +247,16 @@ def _paint(case: Case, grid: Grid | None, values: list[str], report: CaseReport)
 
 
 def _parts(case: Case, values: list[str]) -> Iterator[Case]:
-    """The case's files one by one, so that each of them is checked whatever the others are like."""
+    """The case's files one by one, so that each of them is checked whatever the others are like.
+
+    They go without the image: its grid is known by now, or its problem is reported already.
+    """
+    case = dataclasses.replace(case, image=None, problems=())
     if case.multilabel is not None:
-        yield dataclasses.replace(case, masks={}, problems=())
+        yield dataclasses.replace(case, masks={})
     for organ in sorted(case.masks):
         if organ in values:
-            yield dataclasses.replace(
-                case, masks={organ: case.masks[organ]}, multilabel=None, label_values={}, problems=()
-            )
+            yield dataclasses.replace(case, masks={organ: case.masks[organ]}, multilabel=None, label_values={})
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:

@@ -69,7 +69,9 @@ def find_cases(root: Path) -> list[Case]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise FocusNetError(f"cannot read {root}: no such folder")
+        raise FocusNetError(
+            f"cannot read {root}: {'it is a file, expected a folder of cases' if root.exists() else 'no such folder'}"
+        )
     if (root / "labelsTr").is_dir() or (root / "imagesTr").is_dir():
         cases = _nnunet_cases(root)
     else:
@@ -147,7 +149,7 @@ def _same_grid(path: Path, found: Grid, expected: Grid | None) -> Grid:
         return found
     difference = found.difference(expected)
     if difference:
-        raise FocusNetError(f"{path} lies on another grid than its image: {difference}")
+        raise FocusNetError(f"{path} lies on another grid than the rest of its case: {difference}")
     return expected
 
 

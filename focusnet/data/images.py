@@ -25,6 +25,7 @@ SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 WRITE_SUFFIXES = (".nii.gz", ".nrrd", ".mha")
 _MHA_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4,
               "LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}  # fmt: skip
+_CT_STORAGE = b"1.2.840.10008.5.1.4.1.1.2\0"  # class of a CT slice, in the head of its file
 _INT16 = np.iinfo(np.int16)
 
 
@@ -325,6 +326,12 @@ def _reason(error: Exception) -> str:
         return error.strerror or str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
+    if "Unable to determine ImageIO reader" in last:
+        return "it is not in the format its name tells, or its header is damaged"
+    if last.endswith("data read error"):
+        return "its compressed voxels are truncated or damaged"
+    if found := re.search(r"expected (\d+) bytes but received (\d+)", last):
+        return f"truncated, {found[2]} bytes of {found[1]}"
     return re.sub(r"^(\[nrrd\]\s*\w+:\s*|(itk::|sitk::|ITK )?ERROR:\s*(\w+\(0x[0-9a-f]+\):\s*)?)", "", last)
 
 
@@ -334,6 +341,8 @@ def _check_name(path: Path) -> None:
     if not path.name.lower().endswith(SUFFIXES):
         hint = "; give the folder of a DICOM series, not a slice" if path.suffix.lower() in ("", ".dcm", ".ima") else ""
         raise FocusNetError(f"cannot read {path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")
+    if not path.stat().st_size:
+        raise FocusNetError(f"cannot read {path}: the file is empty")
 
 
 def _read_file(path: Path) -> "sitk.Image":
@@ -415,13 +424,16 @@ def _read_series(folder: Path) -> "sitk.Image":
     import SimpleITK as sitk
 
     best: tuple[str, ...] = ()
+    known: set[str] = set()
     modalities = set()
     for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
         files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+        known.update(Path(file).name for file in files)
         modality = _dicom_tags(files[0]).get("0008|0060", "unknown")
         modalities.add(modality)
         if modality == "CT" and len(files) > len(best):
             best = files
+    _check_slices(folder, known)
     if not best:
         found = f"only {', '.join(sorted(modalities))}" if modalities else "no DICOM files"
         raise FocusNetError(f"cannot read {folder}: it holds {found}, expected the slices of a CT series")
@@ -432,6 +444,16 @@ def _read_series(folder: Path) -> "sitk.Image":
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or image.GetSize()[2] < 2:
         raise FocusNetError(f"{folder} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices")
     return image
+
+
+def _check_slices(folder: Path, readable: set[str]) -> None:
+    """GDCM passes over damaged slices in silence; this names the first one."""
+    for path in sorted(folder.iterdir()):
+        if path.name in readable or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            if _CT_STORAGE in file.read(1024):
+                raise FocusNetError(f"cannot read {path}: the CT slice is truncated or damaged")
 
 
 def _dicom_tags(file: str) -> dict[str, str]:
