@@ -110,7 +110,7 @@ def extension(name: str, sources: list[Path], torch: Path, libraries: list[str])
 
 
 class ParallelBuild(build_ext):
-    """Compiles the sources of an extension side by side; without FOCUSKERNELS_BUILD=1 a failure is reported, not raised."""
+    """Compiles sources side by side; without FOCUSKERNELS_BUILD=1 a failure is reported, not raised."""
 
     def run(self) -> None:
         try:

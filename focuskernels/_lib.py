@@ -61,7 +61,7 @@ def define(
 def backends(op: str) -> Iterator[tuple[str, str, str]]:
     """(device type, backend that serves the public function `op` on this machine, why not a faster one)."""
     for device_type in DEVICE_TYPES:
-        reasons = []
+        reasons: list[str] = []
         for kernel in _KERNELS.get(op, {}).get(device_type, ()):
             reason = kernel.missing()
             if reason is None:

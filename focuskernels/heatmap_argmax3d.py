@@ -12,7 +12,7 @@ from .reference import heatmap_argmax3d as reference
 class HeatmapPeaks(NamedTuple):
     """Maxima of N x K heat maps; coordinates in voxels, ordered (z, y, x)."""
 
-    index: Tensor  #: (N, K, 3) int64
+    index: Tensor  # type: ignore[assignment]  #: (N, K, 3) int64; hides tuple.index
     value: Tensor  #: (N, K), the heat maps' dtype
     center: Tensor  #: (N, K, 3) float32
 

@@ -26,18 +26,19 @@ def unravel(position: Tensor, shape: torch.Size) -> Tensor:
 
 
 def subvoxel_offset(heatmaps: Tensor, index: Tensor) -> Tensor:
-    """Offset (N,K,3) of the vertex of the parabola through the logarithms of the peak and its two neighbours per axis."""
+    """Offset (N,K,3) of the vertex of the parabola through the logarithms of the peak and its neighbours, per axis."""
     flat = heatmaps.flatten(2)
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     sizes = heatmaps.shape[2:]
     strides = (sizes[1] * sizes[2], sizes[2], 1)
-    position = sum(index[..., axis] * strides[axis] for axis in range(3))
+    z, y, x = index.unbind(dim=-1)
+    position = z * strides[0] + y * strides[1] + x
     offsets = []
     for axis in range(3):
         coordinate = index[..., axis]
         inside = (coordinate > 0) & (coordinate < sizes[axis] - 1)
-        step = torch.where(inside, strides[axis], 0)
+        step = inside * strides[axis]
         around = torch.stack((position - step, position, position + step), dim=-1)
         offsets.append(_vertex(flat.gather(2, around), inside))
     return torch.stack(offsets, dim=-1)

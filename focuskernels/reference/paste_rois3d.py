@@ -30,7 +30,7 @@ def logit(probability: float) -> float:
 
 
 def voxel_index(shape: torch.Size, center: Tensor, roi_size: torch.Size) -> Tensor:
-    """Position in the flattened (N,D,H,W) volume of every voxel (d,h,w) of a ROI; the volume's size where it is outside."""
+    """Position in the flattened (N,D,H,W) volume of every voxel (d,h,w) of a ROI; outside it, the volume's size."""
     samples, *sizes = shape
     sample = center[0].to(torch.int64)
     index, inside = sample, (sample >= 0) & (sample < samples)

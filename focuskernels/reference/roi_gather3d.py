@@ -42,7 +42,7 @@ def gather_by_corners(
     scales: Scales,
     padding: str,
 ) -> Tensor:
-    """The definition: trilinear interpolation as a sum over eight corners. It never looks at the values of `centers`."""
+    """The definition: trilinear interpolation as a sum over eight corners. It never reads the values of `centers`."""
     batch = centers[:, 0]
     known = (batch >= 0) & (batch < sources[0].shape[0])
     batch = torch.where(known, batch, 0).to(torch.int64)
