@@ -1,19 +1,25 @@
 """Focal plus dice loss of a segmentation (FocusNet, equations 1 to 3) without a one-hot target."""
 
+import os
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from ._arguments import values_are_readable
+from ._lib import define, forbid_double_backward
 from .reference import focal_dice as reference
+from .reference.focal_dice import SIGMOID, SOFTMAX
 
 Mode: TypeAlias = Literal["softmax", "sigmoid"]
 
 
 class FocalDiceSums(NamedTuple):
-    """Sums over the voxels of each sample; float32, or float64 for float64 logits. All but `target` and `voxels` are differentiable."""
+    """Sums over the voxels of each sample; float32, or float64 for float64 logits.
+
+    All but `target` and `voxels` are differentiable.
+    """
 
     intersection: Tensor  #: (N, C) probability of each class on its own voxels
     prediction: Tensor  #: (N, C) probability of each class
@@ -37,6 +43,7 @@ def focal_dice_loss(
     batch_dice: bool = False,
     smooth: float = 1e-5,
     class_reduction: Literal["sum", "mean"] = "sum",
+    inplace_grad: bool = False,
 ) -> Tensor:
     """Focal loss plus dice loss of voxel-wise class scores.
 
@@ -60,6 +67,8 @@ def focal_dice_loss(
         batch_dice: sum intersection and sizes over the batch before the ratio.
         smooth: >= 0. With 0, the term of a class that is neither predicted nor there is 0.
         class_reduction: "sum" over classes, as in the paper, or "mean" over the classes kept.
+        inplace_grad: backward writes the gradient over the logits, which saves its memory. Only where nothing else
+            needs the logits afterwards; PyTorch raises if another backward does. Under `torch.compile` it does nothing.
 
     Returns:
         A scalar; float32, or float64 for float64 logits. Without a counted voxel it is 0.
@@ -68,7 +77,8 @@ def focal_dice_loss(
         TypeError: wrong types or dtypes.
         ValueError: shapes or parameters that do not fit, one class only for "softmax"; and, on the CPU outside
             `torch.compile`, a target value or an `alpha` out of range, or a sample without any class. Where values are
-            not looked at, a voxel whose target is out of range is ignored.
+            not looked at, a voxel whose target is out of range is ignored. On a GPU, looking at targets waits for it and
+            is done only with FOCUSKERNELS_CHECK_LABELS=1 in the environment.
     """
     check_options(activation, gamma, smooth, class_reduction)
     sums = focal_dice_sums(
@@ -79,6 +89,7 @@ def focal_dice_loss(
         alpha=alpha,
         ignore_index=ignore_index,
         class_mask=class_mask,
+        inplace_grad=inplace_grad,
     )
     return reference.loss(
         sums, class_mask, focal_weight, dice_weight, include_background, batch_dice, smooth, class_reduction
@@ -94,6 +105,7 @@ def focal_dice_sums(
     alpha: Tensor | Sequence[float] | None = None,
     ignore_index: int | None = None,
     class_mask: Tensor | None = None,
+    inplace_grad: bool = False,
 ) -> FocalDiceSums:
     """The sums that `focal_dice_loss`, and any other dice-like loss, is made of; same arguments and errors.
 
@@ -103,13 +115,64 @@ def focal_dice_sums(
     _check(logits, target, activation, class_mask)
     if alpha is not None:
         alpha = _alpha_tensor(alpha, logits)
+    mode = SOFTMAX if activation == "softmax" else SIGMOID
+    sums = class_sums(
+        logits,
+        target,
+        mode=mode,
+        gamma=gamma,
+        ignore_index=ignore_index,
+        class_mask=class_mask,
+        inplace_grad=inplace_grad,
+    )
+    focal = sums.focal if alpha is None else alpha * sums.focal
+    return FocalDiceSums(
+        sums.intersection,
+        sums.prediction,
+        sums.target,
+        focal.sum(dim=1) + sums.focal_outside.sum(dim=1),
+        sums.voxels.sum(dim=1),
+    )
+
+
+class ClassSums(NamedTuple):
+    """What one pass over the logits sums up per sample and class, (N, C) each; the primitive under every loss here."""
+
+    intersection: Tensor  #: probability of each class on its own voxels
+    prediction: Tensor  #: probability of each class
+    target: Tensor  #: number of voxels of each class
+    focal: Tensor  #: focal terms of each class's own voxels, not weighed by alpha
+    focal_outside: Tensor  #: of the other voxels; 0 for SOFTMAX
+    voxels: Tensor  #: number of focal terms
+
+
+def class_sums(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mode: int,
+    gamma: float,
+    ignore_index: int | None = None,
+    class_mask: Tensor | None = None,
+    inplace_grad: bool = False,
+) -> ClassSums:
+    """The sums, differentiable in the logits; shapes and dtypes must have been checked.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: (N, *spatial) integers; (N, C, *spatial) bool or integers of 0 and 1 for SIGMOID only.
+        mode: SOFTMAX, SIGMOID, or SOFTMAX_DICE_SIGMOID_FOCAL, in which intersection and prediction are those of a
+            softmax and the focal terms those of independent channels.
+        gamma, ignore_index, class_mask, inplace_grad: as in `focal_dice_loss`.
+    """
     if class_mask is not None:
         class_mask = _needed(class_mask)
-    if activation == "sigmoid":
-        _check_multi_hot(target, ignore_index)
-        return FocalDiceSums(*reference.sigmoid_sums(logits, target, gamma, alpha, ignore_index, class_mask))
-    in_range = _check_labels(target, logits.shape[1], ignore_index)
-    return FocalDiceSums(*reference.softmax_sums(logits, target, gamma, alpha, ignore_index, class_mask, in_range))
+    x, labels = _flat(logits), _flat_target(target, logits)
+    inplace_grad = inplace_grad and not torch.compiler.is_compiling()
+    table, wrong = _ClassSums.apply(x, labels, mode, gamma, ignore_index, class_mask, inplace_grad)
+    if _labels_are_read(wrong) and bool(wrong.any()):
+        raise ValueError(_wrong_labels(target, logits, ignore_index))
+    return ClassSums(*table.unbind(dim=1))
 
 
 def check_options(activation: str, gamma: float, smooth: float = 0.0, class_reduction: str = "sum") -> None:
@@ -183,22 +246,107 @@ def _alpha_tensor(alpha: Tensor | Sequence[float], logits: Tensor) -> Tensor:
     return values
 
 
-def _check_labels(target: Tensor, classes: int, ignore_index: int | None) -> bool:
-    """Whether all class indices are known to be in range; refuses those that are not."""
-    if not values_are_readable(target):
+def _labels_are_read(wrong: Tensor) -> bool:
+    if torch.compiler.is_compiling() or wrong.numel() == 0:
         return False
-    counted = target if ignore_index is None else target[target != ignore_index]
-    if counted.numel() == 0:
-        return True
+    return values_are_readable(wrong) or os.environ.get("FOCUSKERNELS_CHECK_LABELS") == "1"
+
+
+def _wrong_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> str:
+    counted = target.to(torch.int64)
+    if ignore_index is not None:
+        counted = counted[counted != ignore_index]
     low, high = (int(value) for value in counted.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(f"target holds class indices from {low} to {high}, expected 0 to {classes - 1}")
-    return True
+    if target.dim() == logits.dim():
+        return f"target must be 0 or 1 for 'sigmoid', got values from {low} to {high}"
+    return f"target holds class indices from {low} to {high}, expected 0 to {logits.shape[1] - 1}"
 
 
-def _check_multi_hot(target: Tensor, ignore_index: int | None) -> None:
-    if target.dtype == torch.bool or not values_are_readable(target):
-        return
-    counted = target if ignore_index is None else target[target != ignore_index]
-    if counted.numel() and int(counted.max()) > 1:
-        raise ValueError(f"target must be 0 or 1 for 'sigmoid', got {int(counted.max())}")
+def _flat(logits: Tensor) -> Tensor:
+    """(N, C, V) with the memory layout of dense logits, channels first or last; else channels first."""
+    if not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous():
+        return logits.movedim(1, -1).flatten(1, -2).transpose(1, 2)
+    return logits.contiguous().flatten(2)
+
+
+def _flat_target(target: Tensor, logits: Tensor) -> Tensor:
+    if target.dtype == torch.bool:
+        target = target.view(torch.uint8)
+    elif target.dtype not in _TARGETS:
+        target = target.to(torch.int64)
+    return target.flatten(1).contiguous() if target.dim() < logits.dim() else target.flatten(2).contiguous()
+
+
+class _ClassSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        mode: int,
+        gamma: float,
+        ignore_index: int | None,
+        class_mask: Tensor | None,
+        inplace_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        table, wrong = _forward(logits, target, mode, gamma, ignore_index, class_mask)
+        ctx.save_for_backward(logits, target, class_mask)
+        ctx.options = (mode, gamma, ignore_index)
+        ctx.inplace_grad = inplace_grad
+        ctx.mark_non_differentiable(wrong)
+        return table, wrong
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        forbid_double_backward("focal_dice_loss")
+        logits, target, class_mask = ctx.saved_tensors
+        arguments = (logits, target, grads[0].contiguous(), *ctx.options, class_mask)
+        if ctx.inplace_grad:
+            _backward_(*arguments)
+            # So that PyTorch notices when something else needs the logits.
+            torch.autograd.graph.increment_version(logits)
+            grad = logits.detach()
+        else:
+            grad = _backward(*arguments)
+        return grad, None, None, None, None, None, None
+
+
+_TARGETS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _unsupported(logits: Tensor, *_: Any) -> str | None:
+    return None if logits.dtype in _FLOATS else f"no kernel for {logits.dtype}"
+
+
+def _fake_forward(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, classes, _voxels = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    table = logits.new_empty((batch, len(reference.ROWS), classes), dtype=dtype)
+    return table, logits.new_empty((batch,), dtype=torch.int64)
+
+
+def _fake_backward(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+_OPTIONS = "int mode, float gamma, int? ignore_index, Tensor? class_mask"
+
+_forward = define(
+    f"focal_dice_fwd(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor sums, Tensor wrong)",
+    op="focal_dice_loss",
+    reference=reference.forward,
+    fake=_fake_forward,
+)
+_backward = define(
+    f"focal_dice_bwd(Tensor logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> Tensor",
+    op="focal_dice_loss",
+    reference=reference.backward,
+    fake=_fake_backward,
+)
+_backward_ = define(
+    f"focal_dice_bwd_(Tensor(a!) logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> ()",
+    op="focal_dice_loss",
+    reference=reference.backward_,
+    fake=lambda *_: None,
+)
