@@ -1,6 +1,6 @@
-"""Everything that can be set, as one dataclass: readable from YAML, overridable on the command line, stored in the checkpoint.
+"""Everything that can be set: one dataclass, readable from YAML, overridable by options, stored in the checkpoint.
 
-Tuples of three are (z, y, x). Defaults are the paper's (MICCAI 2019) and, where it is silent, those of the authors' later code.
+Tuples of three are (z, y, x). Defaults are the paper's (MICCAI 2019) or, where it is silent, the authors' later code's.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ from torch import Tensor
 from focuskernels import heatmap_argmax_3d, paste_rois_3d
 
 from .config import Triple
-from .model import FocusNet
+from .model import FocusNet, SNetOutput
 
 Box = tuple[Triple, Triple]
 """Start and size of a window in voxels."""
@@ -77,9 +77,9 @@ class Windows:
 
     def __init__(self, network: FocusNet, volume: Tensor, size: Triple) -> None:
         self.network, self.volume, self.size = network, volume, size
-        self._last: tuple[Triple, tuple[Tensor, ...]] | None = None
+        self._last: tuple[Triple, tuple[Tensor, SNetOutput, Tensor]] | None = None
 
-    def run(self, start: Triple):
+    def run(self, start: Triple) -> tuple[Tensor, SNetOutput, Tensor]:
         """Image (1, 1, d, h, w), S-Net's output and heat maps of the window at `start`."""
         if self._last is None or self._last[0] != start:
             image = _crop_at(self.volume, start, self.size)[None, None]
@@ -88,13 +88,13 @@ class Windows:
         return self._last[1]
 
     def average(self, overlap: float, with_heatmaps: bool) -> tuple[Tensor, Tensor]:
-        """Class probabilities (C, D, H, W) and heat maps (K or 0, D, H, W), averaged over windows with Gaussian weights."""
+        """Probabilities (C, D, H, W) and heat maps (K or 0, D, H, W), averaged over windows with Gaussian weights."""
         weight = _importance(self.size, self.volume.device)
         total = torch.zeros_like(self.volume)
         sums: list[Tensor] = []
         for start in _starts(tuple(self.volume.shape), self.size, overlap):
             _, snet, heatmaps = self.run(start)
-            window = _slices(start, self.size)
+            z, y, x = window = _slices(start, self.size)
             values = (
                 snet.logits[0].float().softmax(dim=0),
                 heatmaps[0, : None if with_heatmaps else 0].float(),
@@ -102,7 +102,7 @@ class Windows:
             if not sums:
                 sums = [v.new_zeros((len(v), *self.volume.shape)) for v in values]
             for into, value in zip(sums, values, strict=True):
-                into[:, *window].addcmul_(value, weight)
+                into[:, z, y, x].addcmul_(value, weight)
             total[window] += weight
         return sums[0].div_(total), sums[1].div_(total)
 

@@ -14,7 +14,7 @@ from .model import FocusNet, SNetOutput
 
 
 def segmentation_loss(logits: Tensor, crop: Crop, alpha: Tensor, config: LossConfig) -> Tensor:
-    """Focal plus generalized dice loss of S-Net (equations 1 to 3); organs nobody contoured in a case are left out of it."""
+    """Focal plus generalized dice loss of S-Net (equations 1 to 3), each case without the organs nobody contoured."""
     return focal_dice_loss(
         logits,
         crop.labels,
@@ -57,9 +57,9 @@ def gaussian_heatmaps(centers: Tensor, shape: Sequence[int], spacing: Sequence[f
 
 
 def heatmap_loss(heatmaps: Tensor, crop: Crop, spacing: Sequence[float], sigma_mm: float) -> Tensor:
-    """Squared error of the heat maps, summed over voxels per Gaussian's volume, averaged over the organs that were contoured.
+    """Squared error of the heat maps: its sum over voxels per Gaussian's volume, averaged over the contoured organs.
 
-    Dividing by the Gaussian's volume in voxels, not by the crop's, keeps the loss of order one whatever the crop's size.
+    Dividing by the Gaussian's volume in voxels, not by the crop's, keeps the loss of order one for every crop size.
     """
     target = gaussian_heatmaps(crop.centers, heatmaps.shape[2:], spacing, sigma_mm)
     known = ~crop.centers.isnan().any(dim=-1)
@@ -101,7 +101,7 @@ def sos_loss(
 
 
 def _roi_centers(peaks: Tensor, truth: Tensor, roi_size: Sequence[int]) -> Tensor:
-    """The heat map's peak as in prediction; the true centre where the peak is so far off that the organ leaves the ROI."""
+    """The heat map's peak, as in prediction; the true centre where the peak is so far off that the ROI misses."""
     quarter = peaks.new_tensor([n // 4 for n in roi_size])
     near = ((peaks - truth).abs() <= quarter).all(dim=1, keepdim=True)
     return torch.where(near, peaks, truth)

@@ -1,4 +1,4 @@
-"""FocusNet (Gao et al., MICCAI 2019): S-Net segments everything, SOL-Net finds the small organs, SOS-Net segments each of them."""
+"""FocusNet (Gao et al., MICCAI 2019): S-Net segments all organs, SOL-Net finds small ones, SOS-Net segments those."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class SNetOutput(NamedTuple):
 
 
 class SNet(nn.Module):
-    """SE-residual 3D U-Net with few downsamplings and DenseASPP at the coarsest resolution (section 2.1 of the paper)."""
+    """SE-residual 3D U-Net with few downsamplings and DenseASPP at the lowest resolution (section 2.1 of the paper)."""
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
@@ -45,15 +45,13 @@ class SNet(nn.Module):
             kernel = config.stem_kernel if level == 0 else (3, 3, 3)
             blocks = []
             for out in widths:
-                blocks.append(SEResBlock3d(width, out, kernel, reduction=config.se_reduction, norm=config.norm))
+                blocks.append(_block(config, width, out, kernel_size=kernel))
                 width = out
             self.encoder.append(nn.Sequential(*blocks))
         self.context, width = _context(config, width)
         self.decoder = nn.ModuleList()
         for widths in reversed(config.widths[:-1]):
-            self.decoder.append(
-                SEResBlock3d(width + widths[-1], widths[-1], reduction=config.se_reduction, norm=config.norm)
-            )
+            self.decoder.append(_block(config, width + widths[-1], widths[-1]))
             width = widths[-1]
         self.head = nn.Conv3d(width, classes, 1)
         self.feature_channels = width
@@ -75,12 +73,15 @@ class SNet(nn.Module):
         return SNetOutput(self.head(x), x, stem)
 
 
+def _block(
+    config: ModelConfig, channels: int, out: int, kernel_size: int | Triple = 3, dilation: int | Triple = 1
+) -> SEResBlock3d:
+    return SEResBlock3d(channels, out, kernel_size, dilation, reduction=config.se_reduction, norm=config.norm)
+
+
 def _context(config: ModelConfig, width: int) -> tuple[nn.Sequential, int]:
     """In-plane dilated blocks and DenseASPP, and the channels that come out."""
-    layers: list[nn.Module] = [
-        SEResBlock3d(width, width, dilation=(1, 2, 2), reduction=config.se_reduction, norm=config.norm)
-        for _ in range(config.dilated_blocks)
-    ]
+    layers: list[nn.Module] = [_block(config, width, width, dilation=(1, 2, 2)) for _ in range(config.dilated_blocks)]
     if config.aspp_dilations:
         layers.append(
             DenseASPP3d(
@@ -100,11 +101,9 @@ class SOLNet(nn.Module):
 
     def __init__(self, config: ModelConfig, channels: int, organs: int) -> None:
         super().__init__()
-        block = {"reduction": config.se_reduction, "norm": config.norm}
-        self.blocks = nn.Sequential(
-            SEResBlock3d(channels, channels, **block), SEResBlock3d(channels, channels, **block)
-        )
+        self.blocks = nn.Sequential(_block(config, channels, channels), _block(config, channels, channels))
         self.head = nn.Conv3d(channels, organs, 1)
+        assert self.head.bias is not None
         # peaks are rare: starting at probability 0.1 keeps the background from dominating the first steps
         nn.init.constant_(self.head.bias, -2.19)
 
@@ -118,8 +117,8 @@ class SOSBranch(nn.Module):
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__()
-        width, block = config.sos_width, {"reduction": config.se_reduction, "norm": config.norm}
-        self.blocks = nn.Sequential(SEResBlock3d(channels, width, **block), SEResBlock3d(width, width, **block))
+        width = config.sos_width
+        self.blocks = nn.Sequential(_block(config, channels, width), _block(config, width, width))
         self.head = nn.Conv3d(width, 1, 1)
 
     def forward(self, roi: Tensor) -> Tensor:

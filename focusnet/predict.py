@@ -50,7 +50,7 @@ def predict_volume(model: Model, image: Volume, device: torch.device) -> tuple[n
 
 
 def statistics(model: Model, labels: np.ndarray, image: Volume, result: Segmentation) -> dict[str, Any]:
-    """Per organ: volume in cm3, centre of mass in mm (x, y, z; LPS), confidence and, for small organs, the heat map's peak."""
+    """Per organ: volume in cm3, centre of mass in mm (x, y, z; LPS), confidence; for small organs the peak too."""
     peaks = dict(zip(model.plan.small_organs, result.peak_values.tolist(), strict=False))
     table = {}
     for value, name in enumerate(model.plan.organ_names, start=1):

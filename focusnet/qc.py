@@ -1,7 +1,7 @@
 """The QC picture: three planes with outlines, then a close-up of every small organ with its ROI."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def _draw_close_up(
     z, y, x = result.peaks[organ].tolist()
     height = float(result.peak_values[organ])
     mask = labels == model.small_labels[organ]
-    index = int(round(np.argwhere(mask)[:, 0].mean())) if mask.any() else z
+    index = round(float(np.argwhere(mask)[:, 0].mean())) if mask.any() else z
     warning = "" if height >= model.config.predict.min_peak else "  LOW PEAK"
     _draw_plane(ax, image, labels, 0, index, colors, f"{name}, peak {height:.2f}{warning}")
     top, left = y - size[1] // 2, x - size[2] // 2
@@ -67,8 +67,9 @@ def _draw_close_up(
 def _draw_plane(ax: "Axes", image: Volume, labels: np.ndarray, axis: int, index: int, colors: Any, title: str) -> None:
     spacing = [s for other, s in enumerate(image.grid.spacing) if other != axis]
     hu, plane = image.array.take(index, axis), labels.take(index, axis)
-    upright = {"origin": "upper" if axis == 0 else "lower", "aspect": spacing[0] / spacing[1]}
-    ax.imshow(hu, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], **upright)
+    origin: Literal["upper", "lower"] = "upper" if axis == 0 else "lower"
+    aspect = spacing[0] / spacing[1]
+    ax.imshow(hu, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], origin=origin, aspect=aspect)
     for value in np.unique(plane[plane > 0]):
         ax.contour(plane == value, levels=[0.5], colors=[colors[value - 1]], linewidths=1.0)
     ax.set_title(title, fontsize=9)

@@ -152,8 +152,8 @@ class Trainer:
             value = loss.item()
             if not math.isfinite(value):
                 raise FocusNetError(
-                    f"the loss became {value} in stage {stage}, epoch {epoch + 1}; lower train.{stage}.lr or go on from "
-                    f"{self.out / 'last.pt'} with --resume"
+                    f"the loss became {value} in stage {stage}, epoch {epoch + 1}; lower train.{stage}.lr, or go on "
+                    f"from {self.out / 'last.pt'} with --resume"
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -1,4 +1,4 @@
-"""Validation during training: the evaluation's scores on the prepared grid, and how well the small organs were located."""
+"""Validation during training: the evaluation's scores on the prepared grid, and how well small organs were located."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from focusnet.model import SNetOutput
 
 
 class StandInSNet(nn.Module):
-    strides = [(1, 2, 2)]
+    strides = ((1, 2, 2),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class StandInSNet(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Class 1 where the image exceeds 0.5, never class 2; a heat map with its peak at the image's; SOS: image above 5."""
+    """Class 1 where the image exceeds 0.5; its heat map peaks where the image does; SOS: image above 5."""
 
     def __init__(self) -> None:
         super().__init__()

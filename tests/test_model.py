@@ -4,7 +4,7 @@ import torch
 from focusnet.config import ModelConfig
 from focusnet.model import FocusNet, SNet
 
-SMALL = dict(aspp_growth=4, aspp_bottleneck=8, sos_width=4, dilated_blocks=1)
+SMALL = {"aspp_growth": 4, "aspp_bottleneck": 8, "sos_width": 4, "dilated_blocks": 1}
 
 
 def small_config(**changes) -> ModelConfig:

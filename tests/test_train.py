@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from focusnet.checkpoint import load_checkpoint
-from focusnet.config import Config, StageConfig
+from focusnet.config import AugmentConfig, Config, StageConfig
 from focusnet.errors import FocusNetError
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
 from focusnet.train import STAGES, Trainer, learning_rate, split_cases, start_training
@@ -109,9 +109,18 @@ def test_frozen_parts_do_not_move_nor_do_their_norms(data, tmp_path) -> None:
 
 
 def test_learning_reduces_the_loss(data, tmp_path) -> None:
-    stage = StageConfig(epochs=12, lr=1e-2, weight_decay=0.0)
+    stage = StageConfig(epochs=4, optimizer="adam", lr=1e-2, warmup=0, weight_decay=0.0, schedule="cosine")
     none = StageConfig(epochs=0)
-    config = tiny_config(snet=stage, sol=none, sos=none, joint=none, validate_every=100, crop=(12, 20, 20))
+    config = tiny_config(
+        snet=stage,
+        sol=none,
+        sos=none,
+        joint=none,
+        validate_every=100,
+        crop=(12, 20, 20),
+        steps_per_epoch=20,
+        augment=AugmentConfig(rotation_deg=(0.0, 0.0, 0.0), zoom=(0.0, 0.0, 0.0), mirror=False),
+    )
     start_training(data, tmp_path / "run", config, device=CPU)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]

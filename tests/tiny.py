@@ -1,4 +1,4 @@
-"""A tiny data set with three organs whose intensities give them away, and a configuration that trains on it in seconds."""
+"""A tiny data set with three organs whose intensities give them away, and a configuration to train on it in seconds."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training crops: cut from the cached volumes, augmented, the same for the same seed on every machine and after a resume."""
+"""Training crops: cut from the cached volumes and augmented; the same seed gives the same crops after a resume too."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Crop(NamedTuple):
         image: Normalised intensities (1, D, H, W), float32.
         labels: Label map (D, H, W), uint8; 0 is the background.
         contoured: (1 + organs,) bool; whether the case has this organ's contour. Class 0 is always True.
-        centers: (small organs, 3) voxel coordinates of the organs' centres in the crop, possibly outside of it; NaN if absent.
+        centers: (small organs, 3) voxel coordinates of the organs' centres, maybe outside of the crop; NaN if absent.
     """
 
     image: Tensor
@@ -107,8 +107,8 @@ def cut(
 ) -> tuple[Tensor, Tensor]:
     """Resample a crop of `size` around `center` (voxels of the source).
 
-    A crop voxel at offset `o` from the crop's middle comes from `center + to_source @ o`. Voxels from outside of the volume
-    are `fill` and label 0.
+    A crop voxel at offset `o` from the crop's middle comes from `center + to_source @ o`. Voxels from outside of the
+    volume are `fill` and label 0.
 
     Returns:
         HU (D, H, W) float32 by linear, labels (D, H, W) uint8 by nearest-neighbour interpolation.
@@ -154,7 +154,7 @@ def _crop_center(
     organ_share: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Middle of a crop in voxels: near one of `organs` or anywhere, inside the volume as far as that is large enough."""
+    """Middle of a crop in voxels: near one of `organs` or anywhere, inside the volume where that is large enough."""
     shape, extent = np.array(case.shape, dtype=float), np.array(size, dtype=float)
     middle = (shape - 1) / 2
     room = np.maximum(shape - extent, 0) / 2
