@@ -1,0 +1,1 @@
+"""Speed and memory of every op and of the whole model beside its peers: `python -m bench --help`."""
