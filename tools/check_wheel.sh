@@ -23,7 +23,7 @@ for torch in "$@"; do
     if [[ $torch != */* ]]; then
         "$builder" -m venv "$work/venv"
         python=$work/venv/bin/python
-        "$python" -m pip install -q --disable-pip-version-check -r requirements.in pytest
+        "$python" -m pip install -q --disable-pip-version-check -r requirements.in numpy pytest
         tools/install_torch.sh "$python" "$torch"
     fi
     "$python" -m pip install -q --disable-pip-version-check --no-deps --target "$work/installed" "$wheel"
