@@ -7,11 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from rich.console import Console
 
 from .config import Config
 from .errors import FocusNetError
 
 PRESETS = Path(__file__).parent / "presets"
+PIPE_WIDTH = 120
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -57,10 +59,16 @@ def config_of(arguments: Namespace) -> Config:
     return Config(**{section.name: arguments[section.name] for section in fields(Config)})
 
 
+def console(*, stderr: bool = False) -> Console:
+    """Where a command reports; wide enough for the tables where the output is a file or a pipe."""
+    stream = Console(stderr=stderr)
+    return stream if stream.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+
+
 def _preset_file(argument: str) -> str:
     option, equals, value = argument.rpartition("=")
     file = PRESETS / f"{value}.yaml"
-    is_preset = option in ("", "--config") and value.isidentifier() and file.is_file() and not Path(value).exists()
+    is_preset = option in ("", "--config") and value.isidentifier() and file.is_file() and not Path(value).is_file()
     return f"{option}{equals}{file}" if is_preset else argument
 
 

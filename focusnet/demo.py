@@ -3,11 +3,10 @@
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.rule import Rule
 
 from . import evaluate, phantom, predict, train
-from .cli import command_parser, parse, run
+from .cli import command_parser, console, parse, run
 
 TRAINING_CASES, TEST_CASES = 12, 2
 GEOMETRY = ["--spacing", "[2.5,2.0,2.0]", "--field_of_view", "head"]
@@ -18,20 +17,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser("demo", "OUT", "Make phantoms, train all stages on them, segment and score held-out ones.")
     parser.add_argument("out", type=Path, help="folder for everything; a stopped demo goes on where it was")
     out = parse(parser, argv).out
-    console, started = Console(), time.monotonic()
+    report, started = console(), time.monotonic()
     data, run_folder, predictions = out / "phantoms", out / "run", out / "predictions"
     for name, cases, seed in (("train", TRAINING_CASES, 1), ("test", TEST_CASES, 2)):
         if not (data / name).exists():
-            console.print(Rule(f"{cases} phantoms: {data / name}"))
+            report.print(Rule(f"{cases} phantoms: {data / name}"))
             phantom.main([str(data / name), "--cases", str(cases), "--seed", str(seed), *GEOMETRY])
-    console.print(Rule("training: S-Net, SOL-Net, SOS-Net, end to end"))
+    report.print(Rule("training: S-Net, SOL-Net, SOS-Net, end to end"))
     resume = ["--resume"] if (run_folder / "last.pt").exists() else []
     train.main([str(data / "train"), "--out", str(run_folder), "--config", "demo", *resume])
-    console.print(Rule("prediction and evaluation of phantoms that training never saw"))
+    report.print(Rule("prediction and evaluation of phantoms that training never saw"))
     predict.main([str(run_folder / "best.pt"), str(data / "test"), "--out", str(predictions)])
     evaluate.main([str(data / "test"), str(predictions), "--out", str(out / "evaluation")])
-    console.print(f"\npictures: {predictions}/*/qc.png, table: {out / 'evaluation'}")
-    console.print(f"the demo took {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
+    report.print(f"\npictures: {predictions}/*/qc.png, table: {out / 'evaluation'}")
+    report.print(f"the demo took {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
     return 0
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .checkpoint import Model, build_network, load_checkpoint, save_checkpoint
-from .cli import add_config, command_parser, config_of, parse, run
+from .cli import add_config, command_parser, config_of, console, parse, run
 from .config import Config, StageConfig
 from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
@@ -271,7 +271,7 @@ def _optimizer(parameters: list[nn.Parameter], settings: StageConfig) -> torch.o
 
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _duration(seconds: float) -> str:
@@ -299,7 +299,7 @@ def start_training(
         resume: Go on from `out`/last.pt.
         device: Where to compute.
     """
-    console, last, cache = Console(), out / "last.pt", cache or out / "cache"
+    reporter, last, cache = console(), out / "last.pt", cache or out / "cache"
     if last.exists() and not resume:
         raise FocusNetError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     training = None
@@ -312,11 +312,11 @@ def start_training(
         plan = prepare(source, cache, config.data)
         torch.manual_seed(config.train.seed)
         model = Model(build_network(config, plan).to(device), config, plan, ())
-    trainer = Trainer(model, cache, out, device, console)
+    trainer = Trainer(model, cache, out, device, reporter)
     if training is not None:
         trainer.resume(training)
     names = ", ".join(case.name for case in trainer.validation_cases)
-    console.print(
+    reporter.print(
         f"{len(trainer.training_cases)} training cases, validation on {names}; {len(plan.organs)} organs, "
         f"{len(plan.small_organs)} of them small; {sum(p.numel() for p in model.network.parameters()):,} parameters",
         highlight=False,
@@ -327,9 +327,9 @@ def start_training(
         saved = (
             f"{last} holds the last finished epoch; go on with --resume" if last.exists() else "no epoch was finished"
         )
-        console.print(f"stopped: {saved}")
+        reporter.print(f"stopped: {saved}")
         raise
-    console.print(f"done: best validation DSC {trainer.state.best:.3f}, {out / 'best.pt'}")
+    reporter.print(f"done: best validation DSC {trainer.state.best:.3f}, {out / 'best.pt'}")
 
 
 def pick_device(name: str) -> torch.device:
