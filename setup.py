@@ -152,6 +152,8 @@ class ParallelBuild(build_ext):
 
 
 def report(message: str) -> None:
+    if {"egg_info", "dist_info"} & set(sys.argv):
+        return  # pip asks for metadata first, then builds; say it once
     print(f"focuskernels: {message}", file=sys.stderr, flush=True)
 
 
