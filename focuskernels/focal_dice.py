@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import values_are_readable
-from ._lib import define, forbid_double_backward
+from ._lib import csrc_kernel, define, forbid_double_backward
 from .reference import focal_dice as reference
 from .reference.focal_dice import SIGMOID, SOFTMAX
 
@@ -337,16 +337,19 @@ _forward = define(
     op="focal_dice_loss",
     reference=reference.forward,
     fake=_fake_forward,
+    cpu=[csrc_kernel("focal_dice_forward", _unsupported)],
 )
 _backward = define(
     f"focal_dice_bwd(Tensor logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> Tensor",
     op="focal_dice_loss",
     reference=reference.backward,
     fake=_fake_backward,
+    cpu=[csrc_kernel("focal_dice_backward", _unsupported)],
 )
 _backward_ = define(
     f"focal_dice_bwd_(Tensor(a!) logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> ()",
     op="focal_dice_loss",
     reference=reference.backward_,
     fake=lambda *_: None,
+    cpu=[csrc_kernel("focal_dice_backward_", _unsupported)],
 )

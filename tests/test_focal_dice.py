@@ -130,7 +130,9 @@ def test_matches_the_formula(activation: str, masked: bool, options: dict[str, A
     assert_matches_formula(logits, target, activation=activation, class_mask=mask, **options)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 1), (3, 2, 17), (1, 7, 5, 31), (2, 3, 1, 1, 1), (1, 130, 3, 5, 7), (1, 4, 9000)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1), (3, 2, 17), (1, 7, 5, 31), (2, 3, 1, 1, 1), (1, 130, 3, 5, 7), (1, 4, 9000)]
+)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_any_rank_and_size(activation: str, shape: tuple[int, ...]) -> None:
     assert_matches_formula(*case(SOFTMAX if activation == "softmax" else SIGMOID, shape), activation=activation)
@@ -142,7 +144,11 @@ def test_dtypes_of_logits(activation: str, dtype: torch.dtype) -> None:
     logits, target = case(SOFTMAX if activation == "softmax" else SIGMOID, (2, 5, 6, 8, 9), dtype)
     # half precision loses what lies under its smallest number; a scaled loss keeps it, as in mixed-precision training
     options = {"focal_weight": 100.0, "dice_weight": 100.0, "activation": activation}
-    assert focal_dice_loss(logits, target).dtype == torch.promote_types(dtype, torch.float32) if activation == "softmax" else True
+    assert (
+        focal_dice_loss(logits, target).dtype == torch.promote_types(dtype, torch.float32)
+        if activation == "softmax"
+        else True
+    )
     assert_matches_formula(logits, target, TOLERANCE[dtype], **options)
 
 
@@ -226,9 +232,11 @@ def test_csrc_is_the_reference(mode: int, layout: str, masked: bool, target_kind
         torch.testing.assert_close(table, expected_table, **tolerance)
         assert torch.equal(wrong, expected_wrong)
         actual = native.focal_dice_backward(logits, target, grad, *options)
-        expected = reference.backward(logits.to(grad.dtype), target, grad, *options)
+        expected = reference.backward(logits.double(), target, grad.double(), *options)
         assert actual.stride() == logits.stride()
-        assert float((actual - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm())
+        # Where a voxel is certain, its gradient is a small difference of numbers of order one.
+        slack = 0 if dtype == torch.float64 else 1e-7 * actual.numel() ** 0.5
+        assert float((actual - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm()) + slack
         over = logits.clone(memory_format=torch.preserve_format)
         native.focal_dice_backward_(over, target, grad, *options)
         assert torch.equal(over, actual)

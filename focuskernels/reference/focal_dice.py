@@ -158,16 +158,17 @@ def _counted(
     valid = in_range & kept
     if class_mask is not None and not multi_hot:
         valid = valid & class_mask.gather(1, target.to(torch.int64).clamp(0, classes - 1))
-    return valid, ~in_range & kept
+    wrong = ~in_range & kept
+    if class_mask is not None and multi_hot:
+        wrong = wrong & class_mask.unsqueeze(2)
+    return valid, wrong
 
 
 def _safe_index(target: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, target.to(torch.int64), 0)
 
 
-def _per_channel(
-    target: Tensor, valid: Tensor, classes: int, class_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _per_channel(target: Tensor, valid: Tensor, classes: int, class_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Whether a voxel belongs to a channel and whether it counts there, (N,C,V) each."""
     if target.dim() == 3:
         positive, counted = target == 1, valid

@@ -1,0 +1,726 @@
+// Focal and dice sums of a chunk of voxels, and their gradient. Included once per instruction set:
+//   ARCH          namespace
+//   ARCH_TARGET   attribute of every function
+//   ARCH_BYTES    size of a register
+//
+// Channels first, plane after plane is copied into a tile in the first-level cache: the planes of a volume often lie a
+// power of two apart, so that their lines would evict each other if they were read side by side. A tile is a row of
+// blocks of [slot][32 voxels]. The true class is taken out of the block at once (its logit becomes -inf), so that 1 - p_t
+// is a sum of positive terms, and the one exponential per element needs no look at the target.
+
+namespace focal_dice {
+namespace ARCH {
+
+#define INLINE inline __attribute__((always_inline)) ARCH_TARGET
+#define KERNEL __attribute__((noinline)) ARCH_TARGET
+
+template <class Real>
+struct Vec;
+template <>
+struct Vec<float> {
+  typedef float type __attribute__((vector_size(ARCH_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(ARCH_BYTES)));
+};
+template <>
+struct Vec<double> {
+  typedef double type __attribute__((vector_size(ARCH_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(ARCH_BYTES)));
+};
+using VF = Vec<float>::type;
+using VD = Vec<double>::type;
+using VI = Vec<float>::bits;
+
+template <class Real>
+constexpr int kLanes = ARCH_BYTES / sizeof(Real);
+template <class Real>
+constexpr int kVectors = kBlock / kLanes<Real>;
+
+template <class Real>
+INLINE typename Vec<Real>::type load(const Real* x) {
+  typename Vec<Real>::type v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+
+template <class Real, class V>
+INLINE void store(Real* x, V v) {
+  std::memcpy(x, &v, sizeof(v));
+}
+
+template <class V, class Real>
+INLINE V all(Real x) {
+  return x - V{};
+}
+
+template <class Real>
+INLINE Real sum(typename Vec<Real>::type v) {
+  Real total = 0;
+  for (int lane = 0; lane < kLanes<Real>; ++lane) total += v[lane];
+  return total;
+}
+
+// e^x for x <= 0; exactly 1 at 0, 0 below -88, NaN for NaN.
+INLINE VF exp_of(VF x) {
+  constexpr float kLowest = -88.02f, kLog2e = 1.44269504f;
+  constexpr float kRound = 12582912.0f + 127.0f;  // adding it leaves the rounded exponent, biased, in the low bits
+  x = kLowest > x ? all<VF>(kLowest) : x;
+  const VF shifted = x * kLog2e + kRound;
+  const VF f = x * kLog2e - (shifted - kRound);
+  VF p = all<VF>(0.00015353362f);
+  p = p * f + 0.0013398875f;
+  p = p * f + 0.009618437f;
+  p = p * f + 0.055503324f;
+  p = p * f + 0.24022648f;
+  p = p * f + 0.6931472f;
+  p = p * f + 1.0f;
+  return p * reinterpret_cast<VF>(reinterpret_cast<VI>(shifted) << 23);
+}
+
+INLINE VD exp_of(VD x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+
+// log x for positive, normal x.
+INLINE VF log_of(VF x) {
+  const VI bits = reinterpret_cast<VI>(x);
+  const VI exponent = (bits - 0x3f3504f3) >> 23;
+  const VF f = reinterpret_cast<VF>(bits - (exponent << 23)) - 1.0f;
+  const VF e = __builtin_convertvector(exponent, VF);
+  VF p = all<VF>(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const VF square = f * f;
+  p = p * f * square - 2.12194440e-4f * e - 0.5f * square;
+  return f + p + 0.693359375f * e;
+}
+
+INLINE VD log_of(VD x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::log(x[lane]);
+  return x;
+}
+
+struct Gamma {
+  int kind;  // 0, 1, 2, or 3 for any other exponent
+  double value;
+};
+
+INLINE Gamma gamma_of(double value) { return {value == 0 ? 0 : value == 1 ? 1 : value == 2 ? 2 : 3, value}; }
+
+// u^gamma and u^(gamma - 1); where the latter is infinite, its product with a small factor is what counts: 0.
+template <class Real, class V>
+INLINE void power(V u, Gamma gamma, V& whole, V& less) {
+  const V one = all<V>(Real(1)), zero = V{};
+  if (gamma.kind == 0) {
+    whole = one;
+    less = zero;  // meets the factor gamma
+  } else if (gamma.kind == 1) {
+    whole = u;
+    less = one;
+  } else if (gamma.kind == 2) {
+    whole = u * u;
+    less = u;
+  } else {
+    const Real tiny = std::numeric_limits<Real>::min();
+    const auto some = u > tiny;
+    const V safe = some ? u : one;
+    whole = some ? exp_of(Real(gamma.value) * log_of(safe)) : zero;
+    less = whole / safe;
+  }
+}
+
+template <class Real>
+struct FloatFormat {
+  using Value = Real;
+  using Storage = Real;
+  static constexpr bool kPlain = true;
+  static INLINE typename Vec<Real>::type load_vector(const Real* x) { return load<Real>(x); }
+  static INLINE Real load_one(Real x) { return x; }
+  static INLINE Real store_one(Real x) { return x; }
+};
+
+struct BFloat16Format {
+  using Value = float;
+  using Storage = uint16_t;
+  static constexpr bool kPlain = false;
+  static INLINE float load_one(uint16_t x) { return std::bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+  static INLINE VF load_vector(const uint16_t* x) {
+    typedef uint16_t Half __attribute__((vector_size(ARCH_BYTES / 2)));
+    Half half;
+    std::memcpy(&half, x, sizeof(half));
+    return reinterpret_cast<VF>(__builtin_convertvector(half, VI) << 16);
+  }
+  static INLINE uint16_t store_one(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return x != x ? 0x7fc0 : rounded;
+  }
+};
+
+struct HalfFormat {
+  using Value = float;
+  using Storage = uint16_t;
+  static constexpr bool kPlain = false;
+  // By integers, so that it vectorises without a conversion instruction and keeps subnormal numbers.
+  static INLINE float load_one(uint16_t x) {
+    const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
+    const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
+    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | static_cast<uint32_t>(x & 0x8000) << 16);
+  }
+  static INLINE VF load_vector(const uint16_t* x) {
+    typedef uint16_t Half __attribute__((vector_size(ARCH_BYTES / 2)));
+    Half half;
+    std::memcpy(&half, x, sizeof(half));
+    const VI bits = __builtin_convertvector(half, VI);
+    const VI magnitude = (bits & 0x7fff) << 13;
+    const VF scaled = reinterpret_cast<VF>(magnitude) * 0x1p112f;
+    const VI special = (magnitude >= 0x0f800000) & 0x7f800000;
+    return reinterpret_cast<VF>(reinterpret_cast<VI>(scaled) | special | (bits & 0x8000) << 16);
+  }
+  static INLINE uint16_t store_one(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    // Adding a half makes the hardware round a subnormal result at the right bit.
+    const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    return static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
+  }
+};
+
+template <class Storage>
+INLINE void store_streaming(Storage* to, const Storage* row) {
+#ifdef ARCH_STREAM
+  typedef long long Chunk __attribute__((vector_size(32)));
+  for (unsigned i = 0; i < kBlock * sizeof(Storage) / sizeof(Chunk); ++i) {
+    Chunk chunk;
+    std::memcpy(&chunk, reinterpret_cast<const char*>(row) + i * sizeof(Chunk), sizeof(Chunk));
+    ARCH_STREAM(reinterpret_cast<Chunk*>(to) + i, chunk);
+  }
+#else
+  std::memcpy(to, row, kBlock * sizeof(Storage));
+#endif
+}
+
+// Scratch memory of one thread.
+template <class Real>
+struct Tile {
+  int slots, voxels;  // capacity
+  std::vector<Real> storage;
+  Real* values;       // [block][slots + 1][32]; the extra slot takes what belongs nowhere
+  Real* aside;        // [slots + 1][32]
+  Real* sums;         // [4][slots + 1][4] of the true class, then [2][slots][lanes]
+  Real top[kMaxTile];
+  int32_t labels[kMaxTile];
+
+  explicit Tile(int count) : slots(count) {
+    const int fitting = 24576 / static_cast<int>(sizeof(Real)) / (count + 1) / kBlock * kBlock;
+    voxels = fitting < kBlock ? kBlock : fitting > kMaxTile ? kMaxTile : fitting;
+    const int64_t rows = int64_t{voxels / kBlock + 1} * (count + 1);
+    storage.resize(rows * kBlock + 16 * (count + 1) + 2 * count * kLanes<Real> + 16);
+    values = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
+    aside = values + int64_t{voxels / kBlock} * (count + 1) * kBlock;
+    sums = values + rows * kBlock;
+  }
+  Real* block(int b) { return values + int64_t{b} * (slots + 1) * kBlock; }
+};
+
+template <class Format>
+INLINE const typename Format::Storage* logits_of(const Problem& p, const Sample& s) {
+  return static_cast<const typename Format::Storage*>(p.logits) + s.index * p.classes * p.voxels;
+}
+
+// Copies a tile, finds the largest logit of every voxel, and fills the last block up with -inf.
+template <class Format, class Real>
+INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int count, Tile<Real>& tile) {
+  using V = typename Vec<Real>::type;
+  constexpr Real kNothing = -std::numeric_limits<Real>::infinity();
+  const auto* x = logits_of<Format>(p, s);
+  const int slots = tile.slots, blocks = (count + kBlock - 1) / kBlock, whole = count / kBlock;
+  for (int i = 0; i < blocks * kBlock; ++i) tile.top[i] = kNothing;
+  if (p.channels_last) {
+    for (int b = 0; b < blocks; ++b) {
+      const int length = b < whole ? kBlock : count - b * kBlock;
+      Real* block = tile.block(b);
+      for (int a = 0; a < slots; ++a) {
+        const auto* from = x + (start + b * kBlock) * p.classes + s.channels[a];
+        Real* row = block + a * kBlock;
+        for (int i = 0; i < length; ++i) row[i] = Format::load_one(from[i * p.classes]);
+        for (int i = length; i < kBlock; ++i) row[i] = kNothing;
+        for (int i = 0; i < kBlock; i += kLanes<Real>) {
+          const V v = load(row + i), top = load(tile.top + b * kBlock + i);
+          store(tile.top + b * kBlock + i, v > top ? v : top);
+        }
+      }
+    }
+    return;
+  }
+  constexpr int kAhead = 2;  // planes
+  for (int a = 0; a < slots; ++a) {
+    const auto* plane = x + s.channels[a] * p.voxels + start;
+    const auto* next = x + (a + kAhead < slots ? s.channels[a + kAhead] * p.voxels + start
+                                               : s.channels[a + kAhead - slots < slots ? a + kAhead - slots : 0] * p.voxels + start + tile.voxels);
+    for (int b = 0; b < whole; ++b) {
+      __builtin_prefetch(next + b * kBlock);
+      if (sizeof(typename Format::Storage) >= 4) __builtin_prefetch(next + b * kBlock + kBlock / 2);
+      Real* row = tile.block(b) + a * kBlock;
+      Real* top = tile.top + b * kBlock;
+      for (int i = 0; i < kBlock; i += kLanes<Real>) {
+        const V v = Format::load_vector(plane + b * kBlock + i), t = load(top + i);
+        store(row + i, v);
+        store(top + i, v > t ? v : t);
+      }
+    }
+    if (whole < blocks) {
+      Real* row = tile.block(whole) + a * kBlock;
+      for (int i = 0; i < kBlock; ++i) {
+        row[i] = whole * kBlock + i < count ? Format::load_one(plane[whole * kBlock + i]) : kNothing;
+        Real& top = tile.top[whole * kBlock + i];
+        top = row[i] > top ? row[i] : top;
+      }
+    }
+  }
+}
+
+template <class Format, class Real>
+INLINE void store_row(const Problem& p, typename Format::Storage* to, const Real* row, int length) {
+  typename Format::Storage out[kBlock] __attribute__((aligned(64)));
+  for (int i = 0; i < kBlock; ++i) out[i] = Format::store_one(row[i]);
+  if (length < kBlock) {
+    std::memcpy(to, out, length * sizeof(out[0]));
+  } else if (p.bypass_cache) {
+    store_streaming(to, out);
+  } else {
+    std::memcpy(to, out, sizeof(out));
+  }
+}
+
+template <class Format, class Real>
+INLINE void store_tile(const Problem& p, const Sample& s, int64_t start, int count, Tile<Real>& tile) {
+  using Storage = typename Format::Storage;
+  auto* grad = static_cast<Storage*>(p.grad) + s.index * p.classes * p.voxels;
+  const int slots = tile.slots, blocks = (count + kBlock - 1) / kBlock;
+  for (int i = 0; i < kBlock; ++i) tile.aside[i] = 0;
+  if (p.channels_last) {
+    for (int b = 0; b < blocks; ++b) {
+      const int length = count - b * kBlock < kBlock ? count - b * kBlock : kBlock;
+      const Real* block = tile.block(b);
+      for (int i = 0; i < length; ++i) {
+        Storage* to = grad + (start + b * kBlock + i) * p.classes;
+        if (s.identity) {
+          for (int a = 0; a < slots; ++a) to[a] = Format::store_one(block[a * kBlock + i]);
+        } else {
+          for (int64_t c = 0; c < p.classes; ++c) {
+            to[c] = s.slots[c] < slots ? Format::store_one(block[s.slots[c] * kBlock + i]) : Storage(0);
+          }
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < p.classes; ++c) {
+    const int a = s.slots[c];
+    Storage* plane = grad + c * p.voxels + start;
+    for (int b = 0; b < blocks; ++b) {
+      const int length = count - b * kBlock < kBlock ? count - b * kBlock : kBlock;
+      store_row<Format>(p, plane + b * kBlock, a < slots ? tile.block(b) + a * kBlock : tile.aside, length);
+    }
+  }
+}
+
+// The slot of all voxels of a block, or -1.
+INLINE int uniform_slot(const int32_t* labels) {
+  VI differ = VI{};
+  for (int i = 0; i < kBlock; i += kLanes<float>) {
+    VI v;
+    std::memcpy(&v, labels + i, sizeof(v));
+    differ |= v ^ labels[0];
+  }
+  int32_t any = 0;
+  for (int lane = 0; lane < kLanes<float>; ++lane) any |= differ[lane];
+  return any ? -1 : labels[0];
+}
+
+// Moves the logit of every voxel's true class from the block to `chosen`.
+template <class Real>
+INLINE void take_true(Real* block, Real* top, Real* chosen, const int32_t* labels, int uniform, int slots) {
+  constexpr Real kNothing = -std::numeric_limits<Real>::infinity();
+  if (uniform >= 0) {
+    std::memcpy(chosen, block + uniform * kBlock, kBlock * sizeof(Real));
+    for (int i = 0; i < kBlock; ++i) block[uniform * kBlock + i] = kNothing;
+    return;
+  }
+  for (int i = 0; i < kBlock; ++i) {
+    Real* place = block + labels[i] * kBlock + i;
+    chosen[i] = *place;
+    *place = kNothing;
+  }
+  for (int i = 0; i < kBlock; ++i) {
+    if (labels[i] < slots) continue;
+    for (int a = 0; a < slots; ++a) block[a * kBlock + i] = kNothing;
+    top[i] = chosen[i] = 0;
+  }
+}
+
+// Of a voxel's true class t, in a softmax: p_t, 1 - p_t and log p_t.
+template <class Real, class V>
+INLINE void softmax_true(V x, V top, V others, V& inverse, V& p, V& rest, V& log_p) {
+  const V distance = x - top, e = exp_of(distance);
+  const V total = others + e;
+  inverse = Real(1) / total;
+  // What rounding took from the total: without it log p_t would be 0 as soon as 1 - p_t is below half an ulp of 1.
+  const V lost = e > others ? others - (total - e) : e - (total - others);
+  p = e * inverse;
+  rest = others * inverse;
+  log_p = distance - (log_of(total) + lost * inverse);
+}
+
+// sigmoid(z), 1 - sigmoid(z) and -log sigmoid(z).
+template <class Real, class V>
+INLINE void sigmoid_of(V z, V& p, V& rest, V& loss) {
+  const auto negative = z < Real(0);
+  const V magnitude = negative ? -z : z;
+  const V a = exp_of(-magnitude), total = Real(1) + a;
+  const V large = Real(1) / total, small = a * large;
+  p = negative ? small : large;
+  rest = negative ? large : small;
+  loss = log_of(total) + (a - (total - Real(1))) * large + (negative ? magnitude : V{});
+}
+
+// d focal / d z of independent channels, at z = x inside and z = -x outside.
+template <class Real, class V>
+INLINE V sigmoid_slope(V p, V rest, V loss, Gamma gamma) {
+  V whole, less;
+  power<Real>(rest, gamma, whole, less);
+  return -whole * (Real(gamma.value) * p * loss + rest);
+}
+
+template <class Real>
+INLINE void scatter_add(Real* sums, int slots, const int32_t* labels, int uniform, const Real* p, const Real* focal) {
+  using V = typename Vec<Real>::type;
+  if (uniform >= 0) {
+    V p_sum = V{}, focal_sum = V{};
+    for (int i = 0; i < kBlock; i += kLanes<Real>) {
+      p_sum += load(p + i);
+      focal_sum += load(focal + i);
+    }
+    Real* entry = sums + uniform * 4;
+    entry[0] += sum<Real>(p_sum);
+    entry[1] += kBlock;
+    entry[2] += sum<Real>(focal_sum);
+    return;
+  }
+  // Four tables in turn: neighbours of one class need not wait for each other.
+  typedef Real Entry __attribute__((vector_size(4 * sizeof(Real))));
+  for (int i = 0; i < kBlock; ++i) {
+    Real* entry = sums + ((i & 3) * (slots + 1) + labels[i]) * 4;
+    Entry e;
+    std::memcpy(&e, entry, sizeof(e));
+    e += Entry{p[i], 1, focal[i], 0};
+    std::memcpy(entry, &e, sizeof(e));
+  }
+}
+
+template <class Format>
+KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, int64_t begin, int64_t end, double* out) {
+  using Real = typename Format::Value;
+  using V = typename Vec<Real>::type;
+  constexpr int kStep = kLanes<Real>, kCount = kVectors<Real>;
+  const Gamma gamma = gamma_of(p.gamma);
+  const int slots = s.count();
+  Tile<Real> tile(slots);
+  Real* const true_sums = tile.sums;
+  Real* const prediction = tile.sums + 16 * (slots + 1);
+  Real* const outside = prediction + slots * kStep;
+  const int64_t size = 16 * (slots + 1) + 2 * slots * kStep;
+  int64_t wrong = 0;
+  for (int64_t start = begin; start < end; start += tile.voxels) {
+    const int count = static_cast<int>(end - start < tile.voxels ? end - start : tile.voxels);
+    const int blocks = (count + kBlock - 1) / kBlock;
+    for (int64_t i = 0; i < size; ++i) tile.sums[i] = 0;
+    wrong += decode(p, s, start, count, tile.labels);
+    for (int i = count; i < blocks * kBlock; ++i) tile.labels[i] = slots;
+    load_tile<Format>(p, s, start, count, tile);
+    for (int b = 0; b < blocks; ++b) {
+      Real* block = tile.block(b);
+      Real* top = tile.top + b * kBlock;
+      const int32_t* labels = tile.labels + b * kBlock;
+      const int uniform = uniform_slot(labels);
+      if (uniform == slots) continue;
+      Real chosen[kBlock], true_p[kBlock], true_focal[kBlock];
+      take_true(block, top, chosen, labels, uniform, slots);
+      if (p.mode != kSoftmax) {
+        for (int a = 0; a < slots; ++a) {
+          V p_sum = V{}, focal_sum = V{};
+          for (int i = 0; i < kBlock; i += kStep) {
+            V q, rest, loss, whole, less;
+            sigmoid_of<Real>(-load(block + a * kBlock + i), q, rest, loss);
+            power<Real>(rest, gamma, whole, less);
+            p_sum += rest;
+            focal_sum += whole * loss;
+          }
+          store(outside + a * kStep, load(outside + a * kStep) + focal_sum);
+          if (p.mode == kSigmoid) store(prediction + a * kStep, load(prediction + a * kStep) + p_sum);
+        }
+        for (int i = 0; i < kBlock; i += kStep) {
+          V q, rest, loss, whole, less;
+          sigmoid_of<Real>(load(chosen + i), q, rest, loss);
+          power<Real>(rest, gamma, whole, less);
+          store(true_p + i, q);
+          store(true_focal + i, whole * loss);
+        }
+      }
+      if (p.mode != kSigmoid) {
+        V tops[kCount], others[kCount], inverse[kCount];
+        for (int v = 0; v < kCount; ++v) tops[v] = load(top + v * kStep), others[v] = V{};
+        for (int a = 0; a < slots; ++a) {
+          for (int v = 0; v < kCount; ++v) {
+            const V e = exp_of(load(block + a * kBlock + v * kStep) - tops[v]);
+            store(block + a * kBlock + v * kStep, e);
+            others[v] += e;
+          }
+        }
+        for (int v = 0; v < kCount; ++v) {
+          V q, rest, log_p, whole, less;
+          softmax_true<Real>(load(chosen + v * kStep), tops[v], others[v], inverse[v], q, rest, log_p);
+          store(true_p + v * kStep, q);
+          if (p.mode == kSoftmax) {
+            power<Real>(rest, gamma, whole, less);
+            store(true_focal + v * kStep, whole * -log_p);
+          }
+        }
+        for (int a = 0; a < slots; ++a) {
+          V total = load(prediction + a * kStep);
+          for (int v = 0; v < kCount; ++v) total += load(block + a * kBlock + v * kStep) * inverse[v];
+          store(prediction + a * kStep, total);
+        }
+      }
+      scatter_add(true_sums, slots, labels, uniform, true_p, true_focal);
+    }
+    for (int a = 0; a < slots; ++a) {
+      double found[3] = {};
+      for (int k = 0; k < 4; ++k) {
+        for (int j = 0; j < 3; ++j) found[j] += true_sums[(k * (slots + 1) + a) * 4 + j];
+      }
+      double others = 0, focal_outside = 0;
+      for (int lane = 0; lane < kStep; ++lane) {
+        others += prediction[a * kStep + lane];
+        focal_outside += outside[a * kStep + lane];
+      }
+      out[kIntersection * slots + a] += found[0];
+      out[kPrediction * slots + a] += found[0] + others;
+      out[kTarget * slots + a] += found[1];
+      out[kFocal * slots + a] += found[2];
+      out[kFocalOutside * slots + a] += focal_outside;
+    }
+  }
+  return wrong;
+}
+
+template <class Format>
+KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, int64_t begin, int64_t end) {
+  using Real = typename Format::Value;
+  using V = typename Vec<Real>::type;
+  constexpr int kStep = kLanes<Real>, kCount = kVectors<Real>;
+  const Gamma gamma = gamma_of(p.gamma);
+  const int slots = s.count();
+  const bool softmax = p.mode != kSigmoid, sigmoid = p.mode != kSoftmax;
+  Tile<Real> tile(slots);
+  std::vector<Real> gradient(s.grad.begin(), s.grad.end());
+  const Real* g_inside = gradient.data() + kIntersection * (slots + 1);
+  const Real* g_prediction = gradient.data() + kPrediction * (slots + 1);
+  const Real* g_focal = gradient.data() + kFocal * (slots + 1);
+  const Real* g_outside = gradient.data() + kFocalOutside * (slots + 1);
+  for (int64_t start = begin; start < end; start += tile.voxels) {
+    const int count = static_cast<int>(end - start < tile.voxels ? end - start : tile.voxels);
+    const int blocks = (count + kBlock - 1) / kBlock;
+    decode(p, s, start, count, tile.labels);
+    for (int i = count; i < blocks * kBlock; ++i) tile.labels[i] = slots;
+    load_tile<Format>(p, s, start, count, tile);
+    for (int b = 0; b < blocks; ++b) {
+      Real* block = tile.block(b);
+      Real* top = tile.top + b * kBlock;
+      const int32_t* labels = tile.labels + b * kBlock;
+      const int uniform = uniform_slot(labels);
+      if (uniform == slots) {
+        for (int i = 0; i < slots * kBlock; ++i) block[i] = 0;
+        continue;
+      }
+      Real chosen[kBlock], inside[kBlock], prediction[kBlock], focal[kBlock], true_grad[kBlock] = {};
+      take_true(block, top, chosen, labels, uniform, slots);
+      for (int i = 0; i < kBlock; ++i) {
+        const int t = uniform >= 0 ? uniform : labels[i];
+        inside[i] = g_inside[t];
+        prediction[i] = g_prediction[t];
+        focal[i] = g_focal[t];
+      }
+      if (sigmoid) {
+        const Real dice = softmax ? 0 : 1;
+        for (int a = 0; a < slots; ++a) {
+          for (int i = 0; i < kBlock; i += kStep) {
+            V q, rest, loss;
+            sigmoid_of<Real>(-load(block + a * kBlock + i), q, rest, loss);
+            const V slope = sigmoid_slope<Real>(q, rest, loss, gamma);
+            const V grad = dice * g_prediction[a] * (q * rest) - g_outside[a] * slope;
+            store((softmax ? tile.aside : block) + a * kBlock + i, grad);
+          }
+        }
+        for (int i = 0; i < kBlock; i += kStep) {
+          V q, rest, loss;
+          sigmoid_of<Real>(load(chosen + i), q, rest, loss);
+          const V slope = sigmoid_slope<Real>(q, rest, loss, gamma);
+          store(true_grad + i, dice * (load(prediction + i) + load(inside + i)) * (q * rest) + load(focal + i) * slope);
+        }
+      }
+      if (softmax) {
+        const Real weight = sigmoid ? 0 : 1;
+        V tops[kCount], others[kCount], mean[kCount], inverse[kCount];
+        for (int v = 0; v < kCount; ++v) tops[v] = load(top + v * kStep), others[v] = mean[v] = V{};
+        for (int a = 0; a < slots; ++a) {
+          const Real g = g_prediction[a];
+          for (int v = 0; v < kCount; ++v) {
+            const V e = exp_of(load(block + a * kBlock + v * kStep) - tops[v]);
+            store(block + a * kBlock + v * kStep, e);
+            others[v] += e;
+            mean[v] += e * g;
+          }
+        }
+        for (int v = 0; v < kCount; ++v) {
+          V q, rest, log_p, whole, less;
+          softmax_true<Real>(load(chosen + v * kStep), tops[v], others[v], inverse[v], q, rest, log_p);
+          power<Real>(rest, gamma, whole, less);
+          const V slope = Real(gamma.value) * q * log_p * less - whole;
+          const V own = q * load(inside + v * kStep) + weight * load(focal + v * kStep) * slope;
+          const V around = mean[v] * inverse[v], g = load(prediction + v * kStep);
+          // p_t (g - h) + own with h = around + p_t g + own, rearranged so that nothing cancels as p_t tends to 1.
+          const V grad = rest * (q * g + own) - q * around;
+          store(true_grad + v * kStep, load(true_grad + v * kStep) + grad);
+          mean[v] = around + q * g + own;
+        }
+        for (int a = 0; a < slots; ++a) {
+          const Real g = g_prediction[a];
+          for (int v = 0; v < kCount; ++v) {
+            const V e = load(block + a * kBlock + v * kStep);
+            store(block + a * kBlock + v * kStep, e * inverse[v] * (g - mean[v]));
+          }
+        }
+        if (sigmoid) {
+          for (int i = 0; i < slots * kBlock; ++i) block[i] += tile.aside[i];
+        }
+      }
+      if (uniform >= 0) {
+        std::memcpy(block + uniform * kBlock, true_grad, sizeof(true_grad));
+      } else {
+        for (int i = 0; i < kBlock; ++i) block[labels[i] * kBlock + i] = true_grad[i];
+      }
+    }
+    store_tile<Format>(p, s, start, count, tile);
+  }
+}
+
+// Target values of 8 bits as numbers, and whether they count.
+template <class Real>
+INLINE void decode_channel(const Problem& p, const uint8_t* y, int length, Real* positive, Real* counted) {
+  for (int i = 0; i < kBlock; ++i) {
+    const bool counts = i < length && y[i] <= 1 && !(p.has_ignore && y[i] == p.ignore);
+    counted[i] = counts;
+    positive[i] = counts && y[i] == 1;
+  }
+}
+
+template <class Format>
+KERNEL int64_t forward_channels(const Problem& p, const Sample& s, Decode, int64_t begin, int64_t end, double* out) {
+  using Real = typename Format::Value;
+  using V = typename Vec<Real>::type;
+  const Gamma gamma = gamma_of(p.gamma);
+  const int slots = s.count();
+  Tile<Real> tile(slots);
+  int64_t wrong = 0;
+  for (int64_t start = begin; start < end; start += tile.voxels) {
+    const int count = static_cast<int>(end - start < tile.voxels ? end - start : tile.voxels);
+    load_tile<Format>(p, s, start, count, tile);
+    for (int a = 0; a < slots; ++a) {
+      const auto* y = static_cast<const uint8_t*>(p.target) + (s.index * p.classes + s.channels[a]) * p.voxels + start;
+      V sums[kRows] = {};
+      for (int b = 0; b * kBlock < count; ++b) {
+        Real positive[kBlock], counted[kBlock];
+        const int length = count - b * kBlock < kBlock ? count - b * kBlock : kBlock;
+        decode_channel(p, y + b * kBlock, length, positive, counted);
+        for (int i = 0; i < length; ++i) {
+          wrong += y[b * kBlock + i] > 1 && !(p.has_ignore && y[b * kBlock + i] == p.ignore);
+        }
+        for (int i = 0; i < kBlock; i += kLanes<Real>) {
+          const V x = load(tile.block(b) + a * kBlock + i);
+          const auto is_positive = load(positive + i) > Real(0), counts = load(counted + i) > Real(0);
+          V q, rest, loss, whole, less;
+          sigmoid_of<Real>(is_positive ? x : -x, q, rest, loss);
+          power<Real>(rest, gamma, whole, less);
+          const V prediction = counts ? (is_positive ? q : rest) : V{}, focal = counts ? whole * loss : V{};
+          sums[kIntersection] += is_positive ? prediction : V{};
+          sums[kPrediction] += prediction;
+          sums[kTarget] += load(positive + i);
+          sums[kFocal] += is_positive ? focal : V{};
+          sums[kFocalOutside] += is_positive ? V{} : focal;
+          sums[kVoxels] += load(counted + i);
+        }
+      }
+      for (int row = 0; row < kRows; ++row) {
+        for (int lane = 0; lane < kLanes<Real>; ++lane) out[row * slots + a] += sums[row][lane];
+      }
+    }
+  }
+  return wrong;
+}
+
+template <class Format>
+KERNEL void backward_channels(const Problem& p, const Sample& s, Decode, int64_t begin, int64_t end) {
+  using Real = typename Format::Value;
+  using V = typename Vec<Real>::type;
+  const Gamma gamma = gamma_of(p.gamma);
+  const int slots = s.count();
+  Tile<Real> tile(slots);
+  for (int64_t start = begin; start < end; start += tile.voxels) {
+    const int count = static_cast<int>(end - start < tile.voxels ? end - start : tile.voxels);
+    load_tile<Format>(p, s, start, count, tile);
+    for (int a = 0; a < slots; ++a) {
+      const auto* y = static_cast<const uint8_t*>(p.target) + (s.index * p.classes + s.channels[a]) * p.voxels + start;
+      const Real inside = s.grad[kIntersection * (slots + 1) + a], prediction = s.grad[kPrediction * (slots + 1) + a];
+      const Real focal = s.grad[kFocal * (slots + 1) + a], outside = s.grad[kFocalOutside * (slots + 1) + a];
+      for (int b = 0; b * kBlock < count; ++b) {
+        Real positive[kBlock], counted[kBlock];
+        decode_channel(p, y + b * kBlock, count - b * kBlock, positive, counted);
+        for (int i = 0; i < kBlock; i += kLanes<Real>) {
+          Real* place = tile.block(b) + a * kBlock + i;
+          const V x = load(place);
+          const auto is_positive = load(positive + i) > Real(0), counts = load(counted + i) > Real(0);
+          V q, rest, loss;
+          sigmoid_of<Real>(is_positive ? x : -x, q, rest, loss);
+          const V slope = sigmoid_slope<Real>(q, rest, loss, gamma);
+          const V dice = q * rest * (is_positive ? all<V>(prediction + inside) : all<V>(prediction));
+          store(place, counts ? dice + (is_positive ? focal * slope : -outside * slope) : V{});
+        }
+      }
+    }
+    store_tile<Format>(p, s, start, count, tile);
+  }
+}
+
+template <class Format>
+Kernels kernels_of(bool multi_hot) {
+  if (multi_hot) return {&forward_channels<Format>, &backward_channels<Format>};
+  return {&forward_labels<Format>, &backward_labels<Format>};
+}
+
+#undef INLINE
+#undef KERNEL
+
+}  // namespace ARCH
+}  // namespace focal_dice
