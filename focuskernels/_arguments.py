@@ -12,12 +12,16 @@ Triple: TypeAlias = tuple[int, int, int]
 
 def triple(value: int | Sequence[int], name: str) -> Triple:
     """Three positive integers (z, y, x) from one integer or three."""
-    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    values: tuple[int, ...] = ()
+    if isinstance(value, int | torch.SymInt):
+        values = (value,) * 3
+    elif isinstance(value, Sequence):
+        values = tuple(value)
     if len(values) != 3 or not all(isinstance(v, int | torch.SymInt) for v in values):
         raise TypeError(f"{name} must be an integer or three integers (z, y, x), got {value!r}")
     if min(values) < 1:
         raise ValueError(f"{name} must be positive, got {value!r}")
-    return values
+    return values[0], values[1], values[2]
 
 
 def require_float(tensor: Tensor, name: str, dim: int = 5) -> None:
@@ -41,4 +45,5 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    # Autocast leaves float64 alone.
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,8 +1,8 @@
 """Batch, instance or group normalisation followed by an activation."""
 
-import math
 from typing import Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from ._arguments import require_float
@@ -46,13 +46,16 @@ def norm_act(
         (N, C, D, H, W) in the dtype of `x`.
 
     Raises:
-        TypeError: `x` is not a floating-point tensor.
+        TypeError: wrong types, dtypes or devices.
         ValueError: an unknown name, shapes that do not fit, missing or unexpected running statistics, or one value
             only to take statistics from.
     """
-    _check(x, weight, bias, norm, running_mean, running_var, training)
     check_names(norm, activation)
+    _check_tensors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    _check_running(norm, running_mean, running_var, training)
     groups = group_count(x.shape[1], num_groups if norm == "group" else None)
+    if norm != "batch" or training:
+        _check_count(x, norm, groups)
     return reference.forward(
         x,
         weight,
@@ -80,31 +83,39 @@ def check_names(norm: str, activation: str | None) -> None:
 def group_count(channels: int, num_groups: int | None) -> int:
     """`num_groups` if it divides `channels`; gcd(channels, 8) if it is None."""
     if num_groups is None:
-        return math.gcd(channels, 8)
+        # not math.gcd, which cannot be traced
+        return next(count for count in (8, 4, 2, 1) if channels % count == 0)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     return num_groups
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-) -> None:
+def _check_tensors(x: Tensor, **per_channel: Tensor | None) -> None:
     require_float(x, "x")
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.shape != x.shape[1:2]:
+    for name, tensor in per_channel.items():
+        if tensor is None:
+            continue
+        require_float(tensor, name, dim=1)
+        if tensor.shape != x.shape[1:2]:
             raise ValueError(
                 f"{name} must be ({x.shape[1]},) for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
             )
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        if tensor.device != x.device or tensor.dtype not in ((x.dtype, torch.float32) if half else (x.dtype,)):
+            raise TypeError(f"x is {x.dtype} on {x.device}, {name} is {tensor.dtype} on {tensor.device}")
+
+
+def _check_running(norm: str, running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together")
     if norm != "batch" and running_mean is not None:
         raise ValueError(f"running statistics belong to batch norm, got them with norm={norm!r}")
     if norm == "batch" and not training and running_mean is None:
         raise ValueError("batch norm without training needs running_mean and running_var")
+
+
+def _check_count(x: Tensor, norm: str, groups: int) -> None:
+    per_channel = x.shape[2] * x.shape[3] * x.shape[4]
+    count = {"batch": x.shape[0] * per_channel, "instance": per_channel, "group": x.shape[1] // groups * per_channel}
+    if count[norm] == 1:
+        raise ValueError(f"norm={norm!r} has one value only to take statistics from: x is {tuple(x.shape)}")

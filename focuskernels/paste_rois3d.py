@@ -64,9 +64,10 @@ def _check(labels: Tensor, logits: Sequence[Tensor], threshold: float) -> None:
 
 
 def _class_values(classes: Sequence[int] | Tensor, count: int, labels: Tensor) -> Tensor:
-    if isinstance(classes, Tensor) and (classes.is_floating_point() or classes.dtype == torch.bool):
-        raise TypeError(f"classes must be integers, got {classes.dtype}")
-    values = torch.as_tensor(classes, dtype=torch.int64, device=labels.device)
+    values = torch.as_tensor(classes, device=labels.device)
+    if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+        raise TypeError(f"classes must be integers, got {values.dtype}")
+    values = values.to(torch.int64)
     if values.shape != (count,):
         raise ValueError(f"{count} logits need as many classes, got shape {tuple(values.shape)}")
     if values_are_readable(values) and bool(((values < 0) | (values > 255)).any()):

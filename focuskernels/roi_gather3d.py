@@ -46,6 +46,8 @@ def roi_gather_3d(
             `centers` on the CPU outside `torch.compile`, a coordinate that is not finite or a sample number out of
             range. Where values are not looked at, a sample number out of range gives zeros and a NaN coordinate NaN.
     """
+    if isinstance(sources, Tensor):
+        raise TypeError(f"sources must be a sequence of tensors, got one tensor of shape {tuple(sources.shape)}")
     sources = list(sources)
     roi = triple(roi_size, "roi_size")
     out = roi if output_size is None else triple(output_size, "output_size")
@@ -73,6 +75,8 @@ def _check_sources(sources: Sequence[Tensor]) -> None:
 def _scales(spatial_scales: Sequence[float | Sequence[float]] | None, count: int) -> list[tuple[float, float, float]]:
     if spatial_scales is None:
         return [(1.0, 1.0, 1.0)] * count
+    if not isinstance(spatial_scales, Sequence) or isinstance(spatial_scales, str):
+        raise TypeError(f"spatial_scales must hold one scale per source, got {spatial_scales!r}")
     if len(spatial_scales) != count:
         raise ValueError(f"spatial_scales has {len(spatial_scales)} entries for {count} sources")
     scales = []

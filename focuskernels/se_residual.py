@@ -25,7 +25,8 @@ def se_residual(
     Args:
         x: (N, C, D, H, W), floating point.
         residual: the same shape; the same dtype too, unless autocast is active.
-        fc1_weight: (R, C); R is usually C divided by a reduction.
+        fc1_weight: (R, C); R is usually C divided by a reduction. The dtype of both layers; the gate is computed in
+            it, so float32 layers serve half-precision `x`.
         fc1_bias: (R,) or None.
         fc2_weight: (C, R).
         fc2_bias: (C,) or None.
@@ -65,6 +66,17 @@ def _check(
         raise ValueError(f"x has no voxels: {tuple(x.shape)}")
     if residual.device != x.device or (residual.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise TypeError(f"x is {x.dtype} on {x.device}, residual is {residual.dtype} on {residual.device}")
+    _check_layers(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, channel_sums)
+
+
+def _check_layers(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    channel_sums: Tensor | None,
+) -> None:
     channels, hidden = x.shape[1], fc1_weight.shape[0]
     expected = {
         "fc1_weight": (fc1_weight, (hidden, channels)),
@@ -74,7 +86,12 @@ def _check(
         "channel_sums": (channel_sums, (x.shape[0], channels)),
     }
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(
-                f"{name} must be {tuple(shape)} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        if tensor is None:
+            continue
+        require_float(tensor, name, dim=len(shape))
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device or (tensor.dtype != fc1_weight.dtype and name != "channel_sums"):
+            raise TypeError(
+                f"{name} is {tensor.dtype} on {tensor.device}, fc1_weight is {fc1_weight.dtype}, x on {x.device}"
             )

@@ -1,3 +1,4 @@
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,9 @@ def forward(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, then the activation, in the dtype of x."""
     if norm == "batch":
+        # With half-precision weights PyTorch would round the product of mean and weight too.
+        dtype = torch.promote_types(x.dtype, torch.float32) if running_mean is None else running_mean.dtype
+        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     else:
         # a group per channel is instance normalisation; F.instance_norm would copy through a view
@@ -27,5 +31,6 @@ def forward(
     if activation == "relu":
         return F.relu(y, inplace=True)
     if activation == "leaky_relu":
-        return F.leaky_relu(y, negative_slope, inplace=True)
+        # The backward in place takes the sign of the input from the output.
+        return F.leaky_relu(y, negative_slope, inplace=negative_slope >= 0)
     return y
