@@ -199,7 +199,7 @@ def _print_plan(console: Console, plan: Plan) -> None:
         "#", "organ", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"Plan at {_by(plan.spacing)} mm (z, y, x)"
     )
     table.columns[1].no_wrap = True
-    for column in ("cases", "mm3", "voxels", "diam. mm", "box mm", "small: ROI", "alpha"):
+    for column in ("cases", "mm3", "voxels", "diam.", "box", "ROI", "alpha"):
         table.add_column(column, justify="right", no_wrap=True)
     for value, organ in enumerate(plan.organs, start=1):
         table.add_row(
@@ -215,8 +215,8 @@ def _print_plan(console: Console, plan: Plan) -> None:
         )
     console.print(table)
     console.print(
-        "means over the cases with the organ; voxels on the original grids, ROI in prepared ones; "
-        f"alpha of the background {plan.background_alpha:g}"
+        "means over the cases with the organ: voxels on the original grids, diameter and box in mm; "
+        f"ROI of the small organs in prepared voxels; alpha of the background {plan.background_alpha:g}"
     )
 
 
