@@ -196,6 +196,7 @@ def test_layouts() -> None:
     assert gradient.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+@pytest.mark.slow
 def test_compile_and_fake_tensors() -> None:
     source = torch.randn(2, 2, 3, 4, 5, requires_grad=True)
     centers = centers_of((0, 2.2, 3.4, 3.1), (1, -1, 3, 7), (1, 2, 3, 3), dtype=torch.float32).requires_grad_()
