@@ -1,7 +1,8 @@
 # make demo   train, predict and evaluate on synthetic cases, on a CPU
 # make test   all tests that need no GPU
 # make lint   ruff and mypy
-# make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network
+# make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network;
+#             PART=tests, bench or sanitize runs that part alone, RESUME=1 keeps what a cut bench measured
 # make clean  remove what was built here; the virtual environment too
 #
 # demo, test and lint set up their own virtual environment first.
@@ -12,6 +13,7 @@ TORCH_VERSION ?= 2.13.0
 TORCH_VERSIONS ?= 2.11.0 2.13.0
 JOBS ?= 2
 OUT ?= bench/results
+PART ?=
 
 # The workers of pytest share the cores already.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
@@ -30,7 +32,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 gpu:
-	tools/gpu.sh "$(PYTHON)" "$(OUT)"
+	tools/gpu.sh "$(PYTHON)" "$(OUT)" "$(PART)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info focuskernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ before. What a C++ kernel takes from the C heap by itself is not in it.
 """
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ MAX_WAIT = 0.03
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: each provider is timed at least `least` and at most `most` times, within `seconds` of all."""
+    """How long to measure: every provider at least `least` and at most `most` times, all of them about `seconds`."""
 
     least: int
     most: int
@@ -101,6 +102,8 @@ class CpuTimer:
     """Wall-clock time; knows from the scheduler whether our threads had to wait for a processor."""
 
     def __init__(self) -> None:
+        # The profiler, which `peak` uses, would else say on stderr whenever it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._flush = torch.ones(2 * last_level_cache() // 4)
 
     def time(self, call: Callable[[], Any]) -> tuple[float, bool]:

@@ -5,21 +5,23 @@ from typing import Any
 
 from .results import Row, best_peer, our_row
 
-HEADER = ("provider", "median", "p20-p80", "x of ours", "of floor", "GB/s", "TFLOP/s", "extra memory", "note")
+#: FLOPs per byte above which the rate that matters is that of arithmetic.
+COMPUTE_BOUND = 50
+HEADER = ("provider", "median", "p20 - p80", "x ours", "floor", "rate", "extra", "note")
 
 
 def title(rows: Sequence[Row]) -> str:
     """One line about a group."""
     row = rows[0]
     floor = f"floor {milliseconds(row['floor_ms'])}"
-    return f"{row['op']}  {row['case']}  {row['dtype']} {row['layout']}  {row['mode']}  ({floor})"
+    return f"{row['op']}  {row['case']}  {row['mode']}  ({floor})"
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """One line per provider, fastest first, then those without a time."""
     timed = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["median_ms"])
     base = our_row(list(rows))
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in timed:
         ratio = f"{row['median_ms'] / base['median_ms']:.2f}" if base else ""
         lines.append(
@@ -29,14 +31,13 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 f"{milliseconds(row['p20_ms'])} - {milliseconds(row['p80_ms'])}",
                 ratio,
                 f"{row['floor_ms'] / row['median_ms']:.0%}",
-                f"{row['gb_s']:.1f}",
-                f"{row['tflop_s']:.2f}" if row["flops"] else "",
+                rate(row),
                 size(row["peak_extra_bytes"]),
                 note(row),
             )
         )
     rest = [row for row in rows if row["status"] != "ok"]
-    return lines + [(row["provider"], row["status"], *("",) * 6, row["reason"] or "") for row in rest]
+    return lines + [(row["provider"], row["status"], *("",) * 5, row["reason"] or "") for row in rest]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -60,6 +61,13 @@ def note(row: Row) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def rate(row: Row) -> str:
+    """Bytes or FLOPs per second, whichever its floor is made of."""
+    if row["flops"] > COMPUTE_BOUND * row["min_bytes"]:
+        return f"{row['tflop_s']:.3g} TFLOP/s"
+    return f"{row['gb_s']:.3g} GB/s"
+
+
 def milliseconds(value: float) -> str:
     """Three digits with a unit."""
     return f"{value:.3g} ms" if value >= 0.1 else f"{value * 1000:.3g} us"
@@ -75,17 +83,22 @@ def size(value: int | None) -> str:
 def print_group(rows: Sequence[Row]) -> None:
     """On the terminal, with rich where it is installed."""
     try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         print("\n" + plain(rows), flush=True)
         return
-    table = Table(title=title(rows), title_justify="left", caption=verdict(rows), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=title(rows), title_justify="left", title_style="bold", pad_edge=False)
     for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i in (0, len(HEADER) - 1) else "right", overflow="fold")
+        table.add_column(name, justify="left" if i in (0, len(HEADER) - 1) else "right", no_wrap=i < len(HEADER) - 1)
     for line in cells(rows):
         table.add_row(*line)
-    Console().print(table, markup=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)
+    console.print(verdict(rows), markup=False)
 
 
 def plain(rows: Sequence[Row]) -> str:

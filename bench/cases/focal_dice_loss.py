@@ -10,8 +10,22 @@ from torch import Tensor
 
 from focuskernels import focal_dice_loss
 
-from ..case import Case, Cost, Function, Inputs, Missing, Op, Provider, compiled, cost_by_mode, dtype_name, eager, ours
-from ..case import random, size_of
+from ..case import (
+    Case,
+    Cost,
+    Function,
+    Inputs,
+    Missing,
+    Op,
+    Provider,
+    compiled,
+    cost_by_mode,
+    dtype_name,
+    eager,
+    ours,
+    random,
+    size_of,
+)
 
 GAMMA, SMOOTH = 2.0, 1e-5
 SHAPES = {
@@ -164,7 +178,7 @@ def _nnunet_dice_ce() -> Function:
         from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
         from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     except ImportError as error:
-        raise Missing(f"nnunetv2 is not installed ({error})") from error
+        raise Missing(f"nnunetv2 is not installed ({error}); pip install nnunetv2") from error
     dice = {"batch_dice": False, "do_bg": True, "smooth": SMOOTH, "ddp": False}
     loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
     return lambda logits, target, alpha: loss(logits, target[:, None])

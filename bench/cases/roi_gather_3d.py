@@ -29,7 +29,8 @@ from ..case import (
 
 #: Channels of decoder and encoder; the image and each organ's heat map have one.
 DECODER, ENCODER = 32, 16
-SIZES = {
+Triple = tuple[int, int, int]
+SIZES: dict[tuple[str, str], list[tuple[Triple, tuple[int, ...]]]] = {
     ("cpu", "quick"): [((6, 10, 10), (2, 3, 4))],
     ("cpu", "full"): [((48, 128, 128), (24, 26, 29, 32, 34, 37, 40, 42, 45, 48))],
     ("cuda", "quick"): [((6, 10, 10), (2, 3, 4))],
@@ -38,7 +39,7 @@ SIZES = {
         ((160, 256, 256), (24, 26, 29, 32, 34, 37, 40, 42, 45, 48)),
     ],
 }
-FORMATS = {
+FORMATS: dict[str, list[tuple[torch.dtype, str]]] = {
     "cpu": [(torch.float32, "contiguous")],
     "cuda": [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last_3d")],
 }
@@ -49,7 +50,7 @@ class Boxes:
     """Cubes of `sides` voxels around whole voxels of a volume, all inside it. The same for every input set: compiled
     slicing has them as constants."""
 
-    volume: tuple[int, int, int]
+    volume: Triple
     sides: tuple[int, ...]
 
     def starts(self) -> list[list[int]]:
@@ -142,7 +143,7 @@ def _needs_float32(function: Function, dtype: torch.dtype) -> Callable[[], Funct
     return build
 
 
-def _grid(center: Tensor, side: int, volume: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+def _grid(center: Tensor, side: int, volume: Triple, dtype: torch.dtype) -> Tensor:
     """(1, side, side, side, 3) for grid_sample, whose order is (x, y, z)."""
     axes = [
         (2 * (center[1 + a] - side // 2 + torch.arange(side, device=center.device)).to(dtype) + 1) / size - 1

@@ -1,0 +1,111 @@
+"""The whole of S-Net with its loss: forward, and a training step without the optimizer.
+
+The floor counts the FLOPs of convolutions and matrix products, and of bytes only the image, the labels and the weights.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from focuskernels import focal_dice_loss
+from focusnet.config import ModelConfig
+from focusnet.model import SNet
+
+from ..case import Case, Cost, Function, Inputs, Op, compiled, cost_by_mode, eager, memory_format, ours, random
+from ..networks import Parameters, checkpointed, count_flops, functional, parameters_of
+from ..plain import make_plain
+from .focal_dice_loss import plain as plain_loss
+
+Triple = tuple[int, int, int]
+CLASSES = 10
+TINY = ModelConfig(widths=[[4], [6, 8]], dilated_blocks=1, aspp_growth=4, aspp_bottleneck=8)
+#: Volumes, in the order they are measured; results are checked on `CHECKED` where the formula does not fit beside them.
+SIZES: dict[tuple[str, str], list[Triple]] = {
+    ("cpu", "quick"): [(4, 12, 12)],
+    ("cpu", "full"): [(16, 64, 64)],
+    ("cuda", "quick"): [(4, 12, 12)],
+    ("cuda", "full"): [(40, 192, 192), (80, 256, 256), (120, 384, 384), (160, 512, 512)],
+}
+CHECKED: Triple = (16, 96, 96)
+
+
+def cases(device: str, size: str) -> Sequence[Case]:
+    """Case list of `OP`."""
+    config = TINY if size == "quick" else ModelConfig()
+    amp = torch.bfloat16 if device == "cuda" else None
+    return [_case(volume, config, amp) for volume in SIZES[device, size]]
+
+
+def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
+    layout = "channels_last_3d"
+
+    def build() -> SNet:
+        return SNet(dataclasses.replace(config), CLASSES)
+
+    def maker(volume: Triple) -> Callable[[torch.Generator], Inputs]:
+        def make(generator: torch.Generator) -> Inputs:
+            device = generator.device
+            image = random(generator, 1, 1, *volume, dtype=torch.float32).contiguous(
+                memory_format=memory_format(layout)
+            )
+            return {
+                "image": image,
+                "labels": torch.randint(CLASSES, (1, *volume), generator=generator, device=device),
+                "alpha": torch.ones(CLASSES, device=device),
+                "parameters": parameters_of(build, generator),
+            }
+
+        return make
+
+    plain = _function(make_plain(build()), plain_loss, amp)
+    weights = 4 * sum(p.numel() for p in build().parameters())
+    read, flops = 12 * math.prod(volume) + weights, count_flops(make_plain(build()), 1, 1, *volume)
+    return Case(
+        name=f"{'x'.join(map(str, volume))} {'autocast to bfloat16' if amp else 'float32'}",
+        make=maker(volume),
+        cost=cost_by_mode(Cost(read, flops), Cost(read + weights, 2 * flops)),
+        oracle=_function(make_plain(build()), plain_loss, None),
+        providers=[
+            ours(_function(build(), _our_loss, amp)),
+            eager(plain),
+            eager(checkpointed_loss(plain), "eager, checkpointed", "peer"),
+            compiled(plain),
+        ],
+        shape={"volume": volume, "voxels": math.prod(volume)},
+        dtype=amp or torch.float32,
+        layout=layout,
+        oracle_dtype=torch.float32,
+        # rectifiers switch and gradients cancel through thirty layers
+        tolerance=5e-3 if amp is None else 3e-1,
+        make_small=maker(CHECKED) if math.prod(volume) > 10 * math.prod(CHECKED) else None,
+    )
+
+
+def checkpointed_loss(function: Function) -> Function:
+    """The training step with activation checkpointing around all of it."""
+    run = checkpointed(function)
+
+    def step(image: Tensor, labels: Tensor, alpha: Tensor, parameters: Parameters) -> Tensor:
+        return run(image, labels, alpha, parameters)
+
+    return step
+
+
+def _function(network: SNet, loss: Function, amp: torch.dtype | None) -> Function:
+    run = functional(network, amp)
+
+    def step(image: Tensor, labels: Tensor, alpha: Tensor, parameters: Parameters) -> Tensor:
+        return loss(run(parameters, image).logits, labels, alpha)
+
+    return step
+
+
+def _our_loss(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+    return focal_dice_loss(logits, labels, alpha=alpha)
+
+
+STEMS = ("nn", "dilated_conv3d", "norm_act", "se_residual", "focal_dice")
+OP = Op("snet", ("dilated_conv3d", "norm_act", "se_residual"), STEMS, cases, files=("focusnet/model.py",))

@@ -1,0 +1,111 @@
+"""The project's modules computed by stock PyTorch, with the same parameters: the eager baseline of networks.
+
+The baseline takes what an experienced user would write: in-place activations, no copies.
+"""
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focuskernels.nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, SEResidual3d
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class PlainNormAct(NormAct3d):
+    """Stock norm, then the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `NormAct3d`."""
+        return norm_act(x, self.weight, self.bias, self.norm, self.num_groups, self.activation, self.negative_slope)
+
+
+class PlainConv(DilatedConv3d):
+    """`torch.nn.functional.conv3d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `DilatedConv3d`."""
+        return nn.Conv3d.forward(self, x)
+
+
+class PlainSEResidual(SEResidual3d):
+    """Mean, two linear layers, product, sum."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See `SEResidual3d`."""
+        fc1, fc2 = self.fc1, self.fc2
+        return se_residual(x, residual, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+class PlainSEResBlock(SEResBlock3d):
+    """One stock module after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `SEResBlock3d`."""
+        return self.se(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(x))
+
+
+class PlainDenseASPP(DenseASPP3d):
+    """Concatenates before every branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `DenseASPP3d`."""
+        for branch in self.branches:
+            x = torch.cat([x, branch(x)], dim=1)
+        return x
+
+
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    NormAct3d: PlainNormAct,
+    DilatedConv3d: PlainConv,
+    SEResidual3d: PlainSEResidual,
+    SEResBlock3d: PlainSEResBlock,
+    DenseASPP3d: PlainDenseASPP,
+}
+
+
+def make_plain(network: Module) -> Module:
+    """Turn every module of ours in `network` into its stock form, in place; parameters and their names stay."""
+    for module in network.modules():
+        # A plain module differs from ours by its methods alone, and has the same attributes.
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return network
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: str = "batch",
+    num_groups: int | None = None,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Normalisation with the statistics of `x`, then the activation in place."""
+    if norm == "batch":
+        y = F.batch_norm(x, None, None, weight, bias, training=True)
+    elif norm == "instance":
+        y = F.instance_norm(x, weight=weight, bias=bias)
+    else:
+        y = F.group_norm(x, num_groups or 1, weight, bias)
+    if activation == "relu":
+        return F.relu(y, inplace=True)
+    return F.leaky_relu(y, negative_slope, inplace=True) if activation == "leaky_relu" else y
+
+
+def se_residual(
+    x: Tensor,
+    residual: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str | None = None,
+) -> Tensor:
+    """`residual + x * sigmoid(fc2(relu(fc1(mean of x))))`."""
+    hidden = F.relu(F.linear(x.mean(dim=(2, 3, 4)), fc1_weight, fc1_bias))
+    gate = F.linear(hidden, fc2_weight, fc2_bias).sigmoid()
+    y = x * gate[:, :, None, None, None] + residual
+    return F.relu(y, inplace=True) if activation == "relu" else y

@@ -1,0 +1,154 @@
+"""`python -m bench.report`: tables and plots of bench/results/*.json in docs/benchmarks.md. Never measures."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .case import ops
+from .results import MACHINE, BadResults, Row, best_peer, groups, load, our_row
+from .sources import ROOT, source_hash
+from .table import markdown, milliseconds, rate, size
+
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+HEADER = ("case", "mode", "ours", "best peer", "speed-up", "of floor", "rate", "memory, ours", "memory, peer", "others")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of result files")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where benchmarks.md and img/ are")
+    arguments = parser.parse_args(argv)
+    page = arguments.docs / "benchmarks.md"
+    try:
+        machines = collect(sorted(arguments.results.glob("*.json")))
+        text = page.read_text()
+        head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    except (BadResults, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except IndexError:
+        print(f"error: {page} lacks the lines {BEGIN} and {END}", file=sys.stderr)
+        return 2
+    plots = draw(machines, arguments.docs / "img")
+    page.write_text(f"{head}{BEGIN}\n\n{report(machines, plots)}\n\n{END}{tail}")
+    return 0
+
+
+Machines = dict[tuple[Any, ...], list[tuple[dict[str, Any], Row]]]
+
+
+def collect(paths: Sequence[Path]) -> Machines:
+    """(run, row) by machine; of rows with the same meaning the newest stays. Quick runs are no measurements."""
+    newest: dict[tuple[Any, ...], tuple[dict[str, Any], Row]] = {}
+    for path in paths:
+        document = load(path)
+        runs = {run["id"]: run for run in document["runs"]}
+        for row in document["rows"]:
+            run = runs[row["run"]]
+            if run["size"] == "quick":
+                continue
+            key = (*(run[name] for name in MACHINE), row["op"], row["case"], row["mode"], row["provider"])
+            if key not in newest or newest[key][0]["started"] <= run["started"]:
+                newest[key] = (run, row)
+    machines: Machines = {}
+    for key, pair in newest.items():
+        machines.setdefault(key[: len(MACHINE)], []).append(pair)
+    return machines
+
+
+def is_stale(row: Row) -> bool:
+    """Whether the kernels have changed since."""
+    op = ops().get(row["op"])
+    return op is None or row["sources"] != source_hash(op)
+
+
+def report(machines: Machines, plots: dict[tuple[Any, ...], list[str]]) -> str:
+    """The generated part of the page."""
+    if not machines:
+        return "No results yet."
+    parts = []
+    for machine, pairs in machines.items():
+        run = max((run for run, _ in pairs), key=lambda run: run["started"])
+        parts.append(f"## {_heading(run)}\n\n{_facts(run)}")
+        parts += [f"![{name}](img/{name})" for name in plots.get(machine, [])]
+        for op, rows in groups([row for _, row in pairs], lambda row: row["op"]).items():
+            lines = [_line(group) for group in groups(rows).values()]
+            parts.append(f"### {op}\n\n{markdown(HEADER, lines)}")
+            parts += _absent(rows)
+    return "\n\n".join(parts)
+
+
+def _heading(run: dict[str, Any]) -> str:
+    if run["device"] == "cuda":
+        return str(run["device_name"])
+    return f"{run['device_name']}, {run['threads']} threads, {run['heap']} heap"
+
+
+def _facts(run: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value)
+    ceilings = run["ceilings"]
+    matmul = ", ".join(f"{name} {value:.3g}" for name, value in ceilings["matmul_tflop_s"].items())
+    commit = f"commit {run['commit'][:12]}{' with changes' if run['dirty'] else ''}" if run["commit"] else "no commit"
+    return (
+        f"Measured {run['started'][:10]} at {commit}. Ceilings: copy {ceilings['copy_gb_s']:.3g} GB/s, matrix product "
+        f"in TFLOP/s: {matmul}. {versions}."
+    )
+
+
+def _line(rows: list[Row]) -> tuple[str, ...]:
+    mine, peer, first = our_row(rows), best_peer(rows), rows[0]
+    others = [
+        f"{row['provider']} {milliseconds(row['median_ms'])}"
+        for row in sorted((r for r in rows if r["status"] == "ok"), key=lambda r: r["median_ms"])
+        if row is not mine and row is not peer
+    ]
+    stale = " **(stale)**" if any(is_stale(row) for row in rows) else ""
+    return (
+        first["case"] + stale,
+        first["mode"],
+        f"{milliseconds(mine['median_ms'])} ({mine['backend']})" if mine else _why_not(rows),
+        f"{milliseconds(peer['median_ms'])} ({peer['provider']})" if peer else "",
+        f"{peer['median_ms'] / mine['median_ms']:.2f}" if mine and peer else "",
+        f"{mine['floor_ms'] / mine['median_ms']:.0%}" if mine else "",
+        rate(mine) if mine else "",
+        size(mine["peak_extra_bytes"]) if mine else "",
+        size(peer["peak_extra_bytes"]) if peer else "",
+        "; ".join(others),
+    )
+
+
+def _why_not(rows: list[Row]) -> str:
+    return next((f"{row['status']}: {row['reason']}" for row in rows if row["role"] == "ours"), "")
+
+
+def _absent(rows: list[Row]) -> list[str]:
+    """Lines about who is not in the table, and why."""
+    found = {
+        f"{row['provider']}: {row['status']}, {row['reason']}"
+        for row in rows
+        if row["status"] != "ok" and row["role"] != "ours"
+    }
+    return ["Not measured: " + "; ".join(sorted(found)) + "."] if found else []
+
+
+def draw(machines: Machines, folder: Path) -> dict[tuple[Any, ...], list[str]]:
+    """Bars of ours against the best peer, a roofline, and memory and time over volume; file names by machine."""
+    if not machines:
+        return {}
+    try:
+        from . import plots
+    except ImportError as error:
+        print(f"no plots: {error}", file=sys.stderr)
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[tuple[Any, ...], list[str]] = {}
+    for number, (machine, pairs) in enumerate(machines.items(), start=1):
+        drawn[machine] = plots.draw_machine(pairs, folder, f"{machine[0]}-{number}")
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import measure, report, runner, sources
+from bench.__main__ import main
+from bench.case import Case, Cost, Missing, Op, Provider, cost_by_mode, eager, ops, ours
+from bench.check import WrongResult, relative_error
+from bench.measure import CpuTimer, Samples, quantile
+from bench.results import BadResults, Results, load, our_row, validate
+from bench.runner import Runner, interleave
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def square(x):
+    return x * x
+
+
+def wrong_square(x):
+    return x * x * 1.01
+
+
+def wrong_gradient(x):
+    return x.detach() * x
+
+
+def raising(x):
+    raise RuntimeError("out of order\nsecond line")
+
+
+def build_missing():
+    raise Missing("not for this machine")
+
+
+def square_op(*providers: Provider, op: str = "square") -> Op:
+    def make(generator: torch.Generator) -> dict:
+        return {"x": torch.randn(2, 3, 4, 5, 6, generator=generator, requires_grad=True)}
+
+    cost = cost_by_mode(Cost(2 * 720 * 4, 720), Cost(3 * 720 * 4, 1440))
+    case = Case("small", make, cost, square, providers, shape={"shape": (2, 3, 4, 5, 6)})
+    return Op(op, ("heatmap_argmax_3d",), ("heatmap_argmax3d",), lambda device, size: [case])
+
+
+def run_op(path: Path, *providers: Provider, resume: bool = False) -> tuple[Results, Runner]:
+    runner = Runner("cpu", "quick", Results(path), resume=resume)
+    runner.measure([square_op(*providers)])
+    return Results(path), runner
+
+
+def statuses(store: Results) -> dict[str, set[str]]:
+    return {
+        name: {r["status"] for r in store.rows if r["provider"] == name} for name in {r["provider"] for r in store.rows}
+    }
+
+
+def test_every_case_runs_quickly_and_is_right(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "all.json"
+    assert main(["--device", "cpu", "--quick", "--heap", "default", "--json", str(path)]) == 0
+    store = Results(path)
+    expected = {
+        (op.name, case.name, mode, provider.name)
+        for op in ops().values()
+        for case in op.cases("cpu", "quick")
+        for mode in case.cost
+        for provider in case.providers
+    }
+    assert {(r["op"], r["case"], r["mode"], r["provider"]) for r in store.rows} == expected
+    for row in store.rows:
+        assert row["status"] in ("ok", "missing", "skipped"), row
+        if row["role"] == "ours":
+            assert row["status"] == "ok" and row["backend"]
+            assert row["relative_error"] is not None
+    assert "focal_dice_loss" in capsys.readouterr().out
+    assert store.runs[0]["finished"] is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_full_cases_are_well_formed(device: str) -> None:
+    for op in ops().values():
+        found = op.cases(device, "full")
+        assert len({case.name for case in found}) == len(found) > 0
+        for case in found:
+            names = [provider.name for provider in case.providers]
+            assert len(set(names)) == len(names)
+            assert {"ours", "eager"} <= {provider.role for provider in case.providers}
+            assert all(cost.bytes > 0 for cost in case.cost.values())
+            if "bwd" in case.cost:
+                assert case.cost["fwdbwd"] == case.cost["fwd"] + case.cost["bwd"]
+
+
+def test_kernels_of_every_op_are_found() -> None:
+    for op in ops().values():
+        names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op)}
+        for stem in op.stems:
+            assert f"focuskernels/{stem}.py" in names
+        assert all((ROOT / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize("function", [wrong_square, wrong_gradient])
+def test_wrong_result_is_an_error_and_not_a_time(tmp_path: Path, function) -> None:
+    store, runner = run_op(tmp_path / "r.json", ours(square), eager(function))
+    assert runner.failed
+    assert statuses(store) == {"focuskernels": {"ok"}, "eager": {"wrong"}}
+    row = next(r for r in store.rows if r["status"] == "wrong")
+    assert "median_ms" not in row and "is off by" in row["reason"]
+
+
+def test_missing_and_failing_peers_are_listed_and_do_not_stop_the_others(tmp_path: Path) -> None:
+    missing = Provider("peer", "peer", build_missing)
+    store, runner = run_op(tmp_path / "r.json", ours(square), missing, eager(raising))
+    assert not runner.failed
+    assert statuses(store) == {"focuskernels": {"ok"}, "peer": {"missing"}, "eager": {"failed"}}
+    reasons = {row["provider"]: row["reason"] for row in store.rows}
+    assert reasons == {"focuskernels": None, "peer": "not for this machine", "eager": "RuntimeError: out of order"}
+
+
+def test_ours_failing_is_an_error(tmp_path: Path) -> None:
+    _, runner = run_op(tmp_path / "r.json", ours(raising), eager(square))
+    assert runner.failed
+
+
+def test_resume_measures_only_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    first, _ = run_op(path, ours(square), eager(square))
+    again, _ = run_op(path, ours(square), eager(square), resume=True)
+    assert again.rows == first.rows
+    more, _ = run_op(path, ours(square), eager(square), eager(square, "another", "peer"), resume=True)
+    assert {row["run"] for row in more.rows} == {2}
+    monkeypatch.setattr(runner, "source_hash", lambda op: "changed")
+    changed, _ = run_op(path, ours(square), eager(square), resume=True)
+    assert {row["sources"] for row in changed.rows if row["provider"] != "another"} == {"changed"}
+
+
+def test_a_new_run_replaces_rows_and_keeps_other_ops(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    run_op(path, ours(square))
+    Runner("cpu", "quick", Results(path)).measure([square_op(ours(square), op="other")])
+    store, _ = run_op(path, ours(square))
+    assert sorted((row["op"], row["run"]) for row in store.rows if row["mode"] == "fwd") == [
+        ("other", 2),
+        ("square", 3),
+    ]
+    assert [run["id"] for run in store.runs] == [2, 3]
+
+
+def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(CpuTimer):
+        calls = 0
+
+        def time(self, call):
+            if getattr(self, "counting", False):
+                Impatient.calls += 1
+                if Impatient.calls == 6:
+                    raise KeyboardInterrupt
+            return super().time(call)
+
+    monkeypatch.setattr(runner, "timer", lambda device: Impatient())
+    path = tmp_path / "r.json"
+    work = Runner("cpu", "quick", Results(path), say=lambda line: setattr(work.timer, "counting", "square" in line))
+    with pytest.raises(KeyboardInterrupt):
+        work.measure([square_op(ours(square), eager(square))])
+    kept = {(row["mode"], row["provider"]): row["partial"] for row in load(path)["rows"]}
+    assert kept == {("fwd", "focuskernels"): False, ("fwd", "eager"): False, ("bwd", "focuskernels"): True}
+    resumed, _ = run_op(path, ours(square), eager(square), resume=True)
+    assert len(resumed.rows) == 6 and not any(row["partial"] for row in resumed.rows)
+    assert {row["run"] for row in resumed.rows if row["mode"] == "fwd"} == {1}
+
+
+def test_schema_names_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    run_op(path, ours(square))
+    document = json.loads(path.read_text())
+    validate(document)
+    document["rows"][0]["median_ms"] = "fast"
+    with pytest.raises(ValueError, match="'median_ms' of a row is 'fast'"):
+        validate(document)
+    path.write_text(json.dumps({"schema": 2}))
+    with pytest.raises(BadResults, match=r"r\.json: expected benchmark results of schema 1"):
+        load(path)
+
+
+def test_peak_memory_counts_temporaries_alone() -> None:
+    x = torch.ones(1000, 100)
+    peak = CpuTimer().peak(lambda: ((x + 1) * 2 + 1, {"x": x}))
+    # two temporaries, or one more, live beside the result
+    assert x.nbytes <= peak <= 2 * x.nbytes
+    assert CpuTimer().peak(lambda: (x + 1, {"x": x})) == 0
+    assert CpuTimer().peak(lambda: (x.view(-1), {"x": x})) == 0
+
+
+def test_noisy_samples_are_set_aside() -> None:
+    samples = Samples()
+    for value, quiet in [(1.0, True), (9.0, False), (2.0, True), (3.0, True)]:
+        samples.add(value, quiet)
+    assert samples.summary() == {"median_ms": 2.0, "p20_ms": 1.4, "p80_ms": 2.6, "samples": 3, "noisy_samples": 1}
+    assert quantile([5.0], 0.2) == 5.0
+
+
+def test_sampling_takes_turns_and_ends() -> None:
+    order = []
+
+    class Fake:
+        def time(self, call):
+            call()
+            return 1.0, len(order) % 3 != 0
+
+        def peak(self, call):
+            return 0
+
+    class FakeStep:
+        def __init__(self, name):
+            self.name = name
+
+        def prepare(self, inputs):
+            return lambda: order.append((self.name, inputs))
+
+    into: dict[str, Samples] = {}
+    steps = {name: FakeStep(name) for name in "ab"}
+    measure.sample(steps, [0, 1], Fake(), measure.Effort(3, 3, 0.0), into)
+    assert [name for name, _ in order[:4]] == ["a", "b", "b", "a"]
+    assert {inputs for _, inputs in order} == {0, 1}
+    assert all(len(samples.quiet) >= 3 for samples in into.values())
+
+
+def test_relative_error() -> None:
+    x = torch.tensor([3.0, 4.0])
+    assert relative_error(x * 1.5, x) == pytest.approx(0.5)
+    assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == 0.5
+    assert relative_error(None, torch.zeros(3)) == 0 and relative_error(None, x) == float("inf")
+    with pytest.raises(WrongResult, match="shape"):
+        relative_error(x, torch.zeros(3))
+
+
+def test_interleave() -> None:
+    assert list(interleave([[1, 2, 3], [4], [5, 6]])) == [1, 4, 5, 2, 6, 3]
+
+
+def test_source_hash_follows_included_headers(tmp_path: Path) -> None:
+    for folder in ("focuskernels/reference", "csrc"):
+        (tmp_path / folder).mkdir(parents=True)
+    op = Op("op", (), ("stem",), lambda device, size: [])
+    files = {"focuskernels/stem.py": "a", "csrc/stem.cpp": '#include "common.h"\n', "csrc/common.h": "x"}
+    for name, text in {**files, "csrc/other.h": "y"}.items():
+        (tmp_path / name).write_text(text)
+    before = sources.source_hash(op, tmp_path)
+    (tmp_path / "csrc/other.h").write_text("changed")
+    assert sources.source_hash(op, tmp_path) == before
+    (tmp_path / "csrc/common.h").write_text("changed")
+    assert sources.source_hash(op, tmp_path) != before
+
+
+def test_report_marks_stale_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    run_op(results / "cpu.json", ours(square), eager(square), Provider("peer", "peer", build_missing))
+    document = json.loads((results / "cpu.json").read_text())
+    document["runs"][0]["size"] = "full"
+    (results / "cpu.json").write_text(json.dumps(document))
+    docs.mkdir()
+    (docs / "benchmarks.md").write_text(f"intro\n{report.BEGIN}\nold\n{report.END}\nend\n")
+    arguments = ["--results", str(results), "--docs", str(docs)]
+    monkeypatch.setattr(report, "ops", lambda: {"square": square_op()})
+    monkeypatch.setattr(report, "draw", lambda machines, folder: {})
+    assert report.main(arguments) == 0
+    text = (docs / "benchmarks.md").read_text()
+    assert text.startswith("intro\n") and text.endswith(f"{report.END}\nend\n") and "old" not in text
+    assert "### square" in text and "not for this machine" in text and "stale" not in text
+    monkeypatch.setattr(report, "source_hash", lambda op: "changed")
+    assert report.main(arguments) == 0
+    assert "(stale)" in (docs / "benchmarks.md").read_text()
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    plots = pytest.importorskip("bench.plots", reason="needs matplotlib")
+    store, _ = run_op(tmp_path / "r.json", ours(square), eager(square))
+    names = plots.draw_machine([(store.run_of(row), row) for row in store.rows], tmp_path, "cpu-1")
+    assert names == ["cpu-1-ratios.png", "cpu-1-roofline.png"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["focal_dice_los"], "error: no op named focal_dice_los; did you mean focal_dice_loss?"),
+        (["--device", "tpu"], "error: argument --device: invalid choice: 'tpu'"),
+        (["--threads", "0"], "error: --threads must be positive, got 0"),
+        (["--json", "{bad}"], "expected benchmark results of schema 1"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    assert (
+        main([a.format(bad=bad) for a in arguments] + ["--quick", "--device", "cpu"][: 1 if "tpu" in arguments else 3])
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_cuda_without_a_gpu_is_one_line() -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "bench", "--device", "cuda"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == f"error: --device cuda: torch {torch.__version__} finds no GPU\n"
+
+
+def test_only_torch_is_needed() -> None:
+    blocked = ["monai", "nnunetv2", "rich", "matplotlib", "SimpleITK", "scipy", "yaml", "jsonargparse", "pytest"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+        "from bench.__main__ import main\n"
+        "sys.exit(main(['heatmap_argmax_3d', 'se_residual', '--device', 'cpu', '--quick', '--json', sys.argv[1]]))"
+    )
+    path = ROOT / ".pytest_cache" / f"bench-{os.getpid()}.json"
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert run.returncode == 0, run.stderr
+        rows = load(path)["rows"]
+    finally:
+        path.unlink(missing_ok=True)
+    assert "heatmap_argmax_3d" in run.stdout
+    assert {row["status"] for row in rows if row["provider"] == "MONAI ChannelSELayer"} == {"missing"}
+    assert our_row(rows) is not None
+
+
+@pytest.mark.gpu
+def test_every_case_runs_on_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert main(["--device", "cuda", "--quick", "--json", str(path)]) == 0
+    assert {r["status"] for r in load(path)["rows"] if r["role"] == "ours"} == {"ok"}
