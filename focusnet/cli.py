@@ -47,7 +47,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     Raises:
         FocusNetError: an option or value is wrong.
     """
-    arguments = [_preset_file(value) for value in (sys.argv[1:] if argv is None else argv)]
+    arguments = _with_preset_files(sys.argv[1:] if argv is None else argv)
     try:
         return parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -65,11 +65,21 @@ def console(*, stderr: bool = False) -> Console:
     return stream if stream.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
 
 
-def _preset_file(argument: str) -> str:
-    option, equals, value = argument.rpartition("=")
-    file = PRESETS / f"{value}.yaml"
-    is_preset = option in ("", "--config") and value.isidentifier() and file.is_file() and not Path(value).is_file()
-    return f"{option}{equals}{file}" if is_preset else argument
+def _with_preset_files(arguments: list[str]) -> list[str]:
+    """`arguments` with `--config NAME` of a preset turned into `--config FILE`."""
+    replaced = list(arguments)
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--config" and equals:
+            replaced[position] = f"{option}={_preset_file(value)}"
+        elif option == "--config" and position + 1 < len(arguments):
+            replaced[position + 1] = _preset_file(arguments[position + 1])
+    return replaced
+
+
+def _preset_file(name: str) -> str:
+    file = PRESETS / f"{name}.yaml"
+    return str(file) if file.is_file() and not Path(name).is_file() else name
 
 
 def run(main: Callable[[], int]) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,15 @@ def test_the_script_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "focusnet"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("train", "predict", "evaluate", "prepare", "phantom"))
+
+
+@pytest.mark.parametrize("option", [["--config", "demo"], ["--config=demo"]])
+def test_only_the_configuration_names_a_preset(option: list[str], tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    parser = command_parser("train", "SOURCE", "Train.")
+    parser.add_argument("source", type=Path)
+    add_config(parser)
+    arguments = parse(parser, ["demo", *option])
+    assert arguments.source == Path("demo")
+    assert config_of(arguments).predict.overlap == 0.25
