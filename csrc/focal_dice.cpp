@@ -15,6 +15,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #ifdef __linux__
@@ -36,14 +37,14 @@
 
 #ifdef __x86_64__
 #define ARCH avx2
-#define ARCH_TARGET __attribute__((target("avx2,fma")))
+#define ARCH_TARGET __attribute__((target("avx2,fma,f16c")))
 #define ARCH_BYTES 32
-#define ARCH_STREAM __builtin_ia32_movntdq256
+#define ARCH_X86
 #include "focal_dice_kernels.h"
 #undef ARCH
 #undef ARCH_TARGET
 #undef ARCH_BYTES
-#undef ARCH_STREAM
+#undef ARCH_X86
 #endif
 
 namespace {
@@ -85,7 +86,7 @@ Decode decode_for(ScalarType type) {
 
 Kernels kernels_for(ScalarType type, bool multi_hot) {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     switch (type) {
       case ScalarType::Float: return avx2::kernels_of<avx2::FloatFormat<float>>(multi_hot);
       case ScalarType::Double: return avx2::kernels_of<avx2::FloatFormat<double>>(multi_hot);

@@ -2,6 +2,7 @@
 //   ARCH          namespace
 //   ARCH_TARGET   attribute of every function
 //   ARCH_BYTES    size of a register
+//   ARCH_X86      whether its instructions without a portable notation may be used
 //
 // Channels first, plane after plane is copied into a tile in the first-level cache: the planes of a volume often lie a
 // power of two apart, so that their lines would evict each other if they were read side by side. A tile is a row of
@@ -59,11 +60,20 @@ INLINE Real sum(typename Vec<Real>::type v) {
   return total;
 }
 
+// The larger; x where it is NaN.
+template <class Real, class V>
+INLINE V larger(V x, V least) {
+#ifdef ARCH_X86
+  if constexpr (sizeof(Real) == 4) return __builtin_ia32_maxps256(least, x);
+#endif
+  return least > x ? least : x;
+}
+
 // e^x for x <= 0; exactly 1 at 0, 0 below -88, NaN for NaN.
 INLINE VF exp_of(VF x) {
   constexpr float kLowest = -88.02f, kLog2e = 1.44269504f;
   constexpr float kRound = 12582912.0f + 127.0f;  // adding it leaves the rounded exponent, biased, in the low bits
-  x = kLowest > x ? all<VF>(kLowest) : x;
+  x = larger<float>(x, all<VF>(kLowest));
   const VF shifted = x * kLog2e + kRound;
   const VF f = x * kLog2e - (shifted - kRound);
   VF p = all<VF>(0.00015353362f);
@@ -175,6 +185,12 @@ struct HalfFormat {
     return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | static_cast<uint32_t>(x & 0x8000) << 16);
   }
   static INLINE VF load_vector(const uint16_t* x) {
+#ifdef ARCH_X86
+    typedef int16_t Packed __attribute__((vector_size(16)));
+    Packed packed;
+    std::memcpy(&packed, x, sizeof(packed));
+    return __builtin_ia32_vcvtph2ps256(packed);
+#else
     typedef uint16_t Half __attribute__((vector_size(ARCH_BYTES / 2)));
     Half half;
     std::memcpy(&half, x, sizeof(half));
@@ -183,6 +199,7 @@ struct HalfFormat {
     const VF scaled = reinterpret_cast<VF>(magnitude) * 0x1p112f;
     const VI special = (magnitude >= 0x0f800000) & 0x7f800000;
     return reinterpret_cast<VF>(reinterpret_cast<VI>(scaled) | special | (bits & 0x8000) << 16);
+#endif
   }
   static INLINE uint16_t store_one(float x) {
     const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
@@ -198,12 +215,12 @@ struct HalfFormat {
 
 template <class Storage>
 INLINE void store_streaming(Storage* to, const Storage* row) {
-#ifdef ARCH_STREAM
+#ifdef ARCH_X86
   typedef long long Chunk __attribute__((vector_size(32)));
   for (unsigned i = 0; i < kBlock * sizeof(Storage) / sizeof(Chunk); ++i) {
     Chunk chunk;
     std::memcpy(&chunk, reinterpret_cast<const char*>(row) + i * sizeof(Chunk), sizeof(Chunk));
-    ARCH_STREAM(reinterpret_cast<Chunk*>(to) + i, chunk);
+    __builtin_ia32_movntdq256(reinterpret_cast<Chunk*>(to) + i, chunk);
   }
 #else
   std::memcpy(to, row, kBlock * sizeof(Storage));
@@ -257,7 +274,7 @@ INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int coun
         for (int i = length; i < kBlock; ++i) row[i] = kNothing;
         for (int i = 0; i < kBlock; i += kLanes<Real>) {
           const V v = load(row + i), top = load(tile.top + b * kBlock + i);
-          store(tile.top + b * kBlock + i, v > top ? v : top);
+          store(tile.top + b * kBlock + i, larger<Real>(top, v));
         }
       }
     }
@@ -276,7 +293,7 @@ INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int coun
       for (int i = 0; i < kBlock; i += kLanes<Real>) {
         const V v = Format::load_vector(plane + b * kBlock + i), t = load(top + i);
         store(row + i, v);
-        store(top + i, v > t ? v : t);
+        store(top + i, larger<Real>(t, v));
       }
     }
     if (whole < blocks) {
@@ -291,9 +308,23 @@ INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int coun
 }
 
 template <class Format, class Real>
+INLINE void store_block(typename Format::Storage* out, const Real* row, Format) {
+#ifdef ARCH_X86
+  if constexpr (std::is_same_v<Format, HalfFormat>) {
+    for (int i = 0; i < kBlock; i += kLanes<float>) {
+      const auto packed = __builtin_ia32_vcvtps2ph256(load(row + i), 0);
+      std::memcpy(out + i, &packed, sizeof(packed));
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < kBlock; ++i) out[i] = Format::store_one(row[i]);
+}
+
+template <class Format, class Real>
 INLINE void store_row(const Problem& p, typename Format::Storage* to, const Real* row, int length) {
   typename Format::Storage out[kBlock] __attribute__((aligned(64)));
-  for (int i = 0; i < kBlock; ++i) out[i] = Format::store_one(row[i]);
+  store_block(out, row, Format{});
   if (length < kBlock) {
     std::memcpy(to, out, length * sizeof(out[0]));
   } else if (p.bypass_cache) {

@@ -77,8 +77,8 @@ def focal_dice_loss(
         TypeError: wrong types or dtypes.
         ValueError: shapes or parameters that do not fit, one class only for "softmax"; and, on the CPU outside
             `torch.compile`, a target value or an `alpha` out of range, or a sample without any class. Where values are
-            not looked at, a voxel whose target is out of range is ignored. On a GPU, looking at targets waits for it and
-            is done only with FOCUSKERNELS_CHECK_LABELS=1 in the environment.
+            not looked at, a voxel whose target is out of range is ignored. On a GPU, looking at targets means waiting
+            for it, and is done only with FOCUSKERNELS_CHECK_LABELS=1 in the environment.
     """
     check_options(activation, gamma, smooth, class_reduction)
     sums = focal_dice_sums(
