@@ -101,10 +101,10 @@ class Timer(Protocol):
 class CpuTimer:
     """Wall-clock time; knows from the scheduler whether our threads had to wait for a processor."""
 
-    def __init__(self) -> None:
+    def __init__(self, flush: int) -> None:
         # The profiler, which `peak` uses, would else say on stderr whenever it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._flush = torch.ones(2 * last_level_cache() // 4)
+        self._flush = torch.ones(flush // 4)
 
     def time(self, call: Callable[[], Any]) -> tuple[float, bool]:
         """See `Timer`."""
@@ -135,8 +135,8 @@ class CpuTimer:
 class CudaTimer:
     """Events on the current stream."""
 
-    def __init__(self) -> None:
-        self._flush = torch.ones(2 * l2_bytes() // 4, device="cuda")
+    def __init__(self, flush: int) -> None:
+        self._flush = torch.ones(flush // 4, device="cuda")
 
     def time(self, call: Callable[[], Any]) -> tuple[float, bool]:
         """See `Timer`."""
@@ -160,9 +160,11 @@ class CudaTimer:
         return max(0, torch.cuda.max_memory_allocated() - before - new_bytes(result))
 
 
-def timer(device: str) -> Timer:
-    """The timer of a device type."""
-    return CudaTimer() if device == "cuda" else CpuTimer()
+def timer(device: str, size: str) -> Timer:
+    """The timer of a device type; a quick run does without cold caches."""
+    cache = l2_bytes() if device == "cuda" else last_level_cache()
+    flush = 2 * cache if size == "full" else 2**12
+    return CudaTimer(flush) if device == "cuda" else CpuTimer(flush)
 
 
 def waiting_ns() -> int:

@@ -130,11 +130,17 @@ class Results:
     def save(self) -> None:
         """Replace the file in one step, without the runs that have no row."""
         used = {row["run"] for row in self.rows}
-        document = {"schema": SCHEMA, "runs": [r for r in self.runs if r["id"] in used], "rows": self.rows}
+        runs = [run for run in self.runs if run["id"] in used]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(_document(runs, self.rows))
         os.replace(temporary, self.path)
+
+
+def _document(runs: list[dict[str, Any]], rows: list[Row]) -> str:
+    """JSON with a line per run and row: quick to write again and again, and version control shows what changed."""
+    lines = [",\n".join(json.dumps(item, allow_nan=False) for item in items) for items in (runs, rows)]
+    return f'{{"schema": {SCHEMA}, "runs": [\n{lines[0]}\n], "rows": [\n{lines[1]}\n]}}\n'
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Runner:
     ) -> None:
         self.device, self.size, self.store, self.resume = device, size, store, resume
         self.report, self.say = report, say
-        self.timer: Timer = timer(device)
+        self.timer: Timer = timer(device, size)
         self.failed = False
         self.run: dict[str, Any] = {}
 

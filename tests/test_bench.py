@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure, report, runner, sources
+from bench import measure, report, sources
+from bench import runner as runner_module
 from bench.__main__ import main
 from bench.case import Case, Cost, Missing, Op, Provider, cost_by_mode, eager, ops, ours
 from bench.check import WrongResult, relative_error
@@ -132,7 +133,7 @@ def test_resume_measures_only_what_is_not_there(tmp_path: Path, monkeypatch: pyt
     assert again.rows == first.rows
     more, _ = run_op(path, ours(square), eager(square), eager(square, "another", "peer"), resume=True)
     assert {row["run"] for row in more.rows} == {2}
-    monkeypatch.setattr(runner, "source_hash", lambda op: "changed")
+    monkeypatch.setattr(runner_module, "source_hash", lambda op: "changed")
     changed, _ = run_op(path, ours(square), eager(square), resume=True)
     assert {row["sources"] for row in changed.rows if row["provider"] != "another"} == {"changed"}
 
@@ -160,7 +161,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
                     raise KeyboardInterrupt
             return super().time(call)
 
-    monkeypatch.setattr(runner, "timer", lambda device: Impatient())
+    monkeypatch.setattr(runner_module, "timer", lambda device, size: Impatient(4096))
     path = tmp_path / "r.json"
     work = Runner("cpu", "quick", Results(path), say=lambda line: setattr(work.timer, "counting", "square" in line))
     with pytest.raises(KeyboardInterrupt):
@@ -187,11 +188,12 @@ def test_schema_names_what_is_wrong(tmp_path: Path) -> None:
 
 def test_peak_memory_counts_temporaries_alone() -> None:
     x = torch.ones(1000, 100)
-    peak = CpuTimer().peak(lambda: ((x + 1) * 2 + 1, {"x": x}))
+    peak = CpuTimer(4096).peak(lambda: ((x + 1) * 2 + 1, {"x": x}))
     # two temporaries, or one more, live beside the result
     assert x.nbytes <= peak <= 2 * x.nbytes
-    assert CpuTimer().peak(lambda: (x + 1, {"x": x})) == 0
-    assert CpuTimer().peak(lambda: (x.view(-1), {"x": x})) == 0
+    # but for the number 1, which is a tensor for a moment
+    assert CpuTimer(4096).peak(lambda: (x + 1, {"x": x})) < 64
+    assert CpuTimer(4096).peak(lambda: (x.view(-1), {"x": x})) == 0
 
 
 def test_noisy_samples_are_set_aside() -> None:
@@ -308,7 +310,7 @@ def test_usage_errors_are_one_line(
 def test_cuda_without_a_gpu_is_one_line() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "bench", "--device", "cuda"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr == f"error: --device cuda: torch {torch.__version__} finds no GPU\n"
 
@@ -323,7 +325,7 @@ def test_only_torch_is_needed() -> None:
     path = ROOT / ".pytest_cache" / f"bench-{os.getpid()}.json"
     try:
         run = subprocess.run(
-            [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert run.returncode == 0, run.stderr
         rows = load(path)["rows"]
@@ -335,6 +337,7 @@ def test_only_torch_is_needed() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_every_case_runs_on_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     assert main(["--device", "cuda", "--quick", "--json", str(path)]) == 0
