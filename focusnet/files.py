@@ -11,7 +11,7 @@ from .errors import FocusNetError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` with the same suffixes; on success it replaces `path`, on error it is removed.
+    """Yield a temporary path beside `path` with its suffixes; on success it replaces `path`, on error it is removed.
 
     Raises:
         FocusNetError: the folder or file cannot be written (read-only, disk full), naming `path`.
