@@ -20,9 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     report, started = console(), time.monotonic()
     data, run_folder, predictions = out / "phantoms", out / "run", out / "predictions"
     for name, cases, seed in (("train", TRAINING_CASES, 1), ("test", TEST_CASES, 2)):
-        if not (data / name).exists():
+        if len(list((data / name).glob("phantom_*"))) < cases:
             report.print(Rule(f"{cases} phantoms: {data / name}"))
-            phantom.main([str(data / name), "--cases", str(cases), "--seed", str(seed), *GEOMETRY])
+            phantom.main([str(data / name), "--cases", str(cases), "--seed", str(seed), "--overwrite", *GEOMETRY])
     report.print(Rule("training: S-Net, SOL-Net, SOS-Net, end to end"))
     resume = ["--resume"] if (run_folder / "last.pt").exists() else []
     train.main([str(data / "train"), "--out", str(run_folder), "--config", "demo", *resume])
