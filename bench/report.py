@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     page = arguments.docs / "benchmarks.md"
     try:
         machines = collect(sorted(arguments.results.glob("*.json")))
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         head, tail = text.split(BEGIN)[0], text.split(END)[1]
     except (BadResults, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {page} lacks the lines {BEGIN} and {END}", file=sys.stderr)
         return 2
     plots = draw(machines, arguments.docs / "img")
-    page.write_text(f"{head}{BEGIN}\n\n{report(machines, plots)}\n\n{END}{tail}")
+    page.write_text(f"{head}{BEGIN}\n\n{report(machines, plots)}\n\n{END}{tail}", encoding="utf-8")
     return 0
 
 

@@ -133,7 +133,7 @@ class Results:
         runs = [run for run in self.runs if run["id"] in used]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(_document(runs, self.rows))
+        temporary.write_text(_document(runs, self.rows), encoding="utf-8")
         os.replace(temporary, self.path)
 
 
@@ -150,7 +150,7 @@ def load(path: Path) -> dict[str, Any]:
         BadResults: not JSON, another schema, a wrong or missing field.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadResults(f"{path}: {error}") from error
     try:

@@ -47,7 +47,7 @@ def _with_headers(paths: Iterable[Path]) -> set[Path]:
         if path in seen or not path.is_file():
             continue
         seen.add(path)
-        included = _INCLUDE.findall(path.read_text(errors="replace"))
+        included = _INCLUDE.findall(path.read_text(encoding="utf-8", errors="replace"))
         waiting += [path.parent / name for name in included]
     return seen
 

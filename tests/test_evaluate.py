@@ -210,7 +210,7 @@ def test_command_writes_all_files(folders: tuple[Path, Path], tmp_path: Path, ca
     table = list(csv.DictReader((out / "table.csv").open()))
     assert float(table[0]["dsc_mean"]) == pytest.approx(0.5)
     assert table[0]["missed"] == "1"
-    assert "mean of all" in (out / "table.txt").read_text()
+    assert "mean of all" in (out / "table.txt").read_text(encoding="utf-8")
 
 
 def test_cases_on_one_side_only(folders: tuple[Path, Path]) -> None:
