@@ -1,6 +1,7 @@
 """The only place that talks to torch.library and loads csrc; nothing here knows an op."""
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -140,3 +141,18 @@ def csrc_kernel(name: str, why_not: Callable[..., str | None] = _works_for_any_i
         return getattr(torch.ops.focuskernels_C, name)(*args)
 
     return Kernel("C++ (csrc)", run, csrc_missing, why_not)
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """None, or why Triton kernels cannot run; looks without importing."""
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+
+
+def triton_kernel(module: str, name: str, why_not: Callable[..., str | None] = _works_for_any_input) -> Kernel:
+    """The launcher `name` of `focuskernels.kernels.<module>`, imported at its first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"focuskernels.kernels.{module}"), name)(*args)
+
+    return Kernel("Triton", run, triton_missing, why_not)
