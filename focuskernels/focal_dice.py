@@ -1,7 +1,7 @@
 """Focal plus dice loss of a segmentation (FocusNet, equations 1 to 3) without a one-hot target."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -111,20 +111,39 @@ def focal_dice_sums(
 
     They add up over samples, patches and processes, so that a ratio can be taken after reducing them.
     """
+    return loss_sums(
+        logits,
+        target,
+        lambda **options: class_sums(logits, target, inplace_grad=inplace_grad, **options),
+        activation=activation,
+        gamma=gamma,
+        alpha=alpha,
+        ignore_index=ignore_index,
+        class_mask=class_mask,
+    )
+
+
+def loss_sums(
+    logits: Tensor,
+    target: Tensor,
+    sums_of: Callable[..., "ClassSums"],
+    *,
+    activation: Mode,
+    gamma: float,
+    alpha: Tensor | Sequence[float] | None,
+    ignore_index: int | None,
+    class_mask: Tensor | None,
+) -> FocalDiceSums:
+    """Check the arguments, take the sums from `sums_of(mode, gamma, ignore_index, class_mask)` and weigh them by alpha.
+
+    Of `logits` only shape, dtype and device are looked at.
+    """
     check_options(activation, gamma)
     _check(logits, target, activation, class_mask)
     if alpha is not None:
         alpha = _alpha_tensor(alpha, logits)
     mode = SOFTMAX if activation == "softmax" else SIGMOID
-    sums = class_sums(
-        logits,
-        target,
-        mode=mode,
-        gamma=gamma,
-        ignore_index=ignore_index,
-        class_mask=class_mask,
-        inplace_grad=inplace_grad,
-    )
+    sums = sums_of(mode=mode, gamma=gamma, ignore_index=ignore_index, class_mask=class_mask)
     focal = sums.focal if alpha is None else alpha * sums.focal
     return FocalDiceSums(
         sums.intersection,
@@ -167,11 +186,10 @@ def class_sums(
     """
     if class_mask is not None:
         class_mask = _needed(class_mask)
-    x, labels = _flat(logits), _flat_target(target, logits)
+    x, labels = flat(logits), flat_target(target, logits)
     inplace_grad = inplace_grad and not torch.compiler.is_compiling()
     table, wrong = _ClassSums.apply(x, labels, mode, gamma, ignore_index, class_mask, inplace_grad)
-    if _labels_are_read(wrong) and bool(wrong.any()):
-        raise ValueError(_wrong_labels(target, logits, ignore_index))
+    check_labels(wrong, target, logits, ignore_index)
     return ClassSums(*table.unbind(dim=1))
 
 
@@ -246,10 +264,14 @@ def _alpha_tensor(alpha: Tensor | Sequence[float], logits: Tensor) -> Tensor:
     return values
 
 
-def _labels_are_read(wrong: Tensor) -> bool:
+def check_labels(wrong: Tensor, target: Tensor, logits: Tensor, ignore_index: int | None) -> None:
+    """Refuse target values that mean nothing, where looking at their number is free or was asked for."""
     if torch.compiler.is_compiling() or wrong.numel() == 0:
-        return False
-    return values_are_readable(wrong) or os.environ.get("FOCUSKERNELS_CHECK_LABELS") == "1"
+        return
+    if not values_are_readable(wrong) and os.environ.get("FOCUSKERNELS_CHECK_LABELS") != "1":
+        return
+    if bool(wrong.any()):
+        raise ValueError(_wrong_labels(target, logits, ignore_index))
 
 
 def _wrong_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> str:
@@ -262,14 +284,15 @@ def _wrong_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> s
     return f"target holds class indices from {low} to {high}, expected 0 to {logits.shape[1] - 1}"
 
 
-def _flat(logits: Tensor) -> Tensor:
+def flat(logits: Tensor) -> Tensor:
     """(N, C, V) with the memory layout of dense logits, channels first or last; else channels first."""
     if not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous():
         return logits.movedim(1, -1).flatten(1, -2).transpose(1, 2)
     return logits.contiguous().flatten(2)
 
 
-def _flat_target(target: Tensor, logits: Tensor) -> Tensor:
+def flat_target(target: Tensor, logits: Tensor) -> Tensor:
+    """(N, V) or (N, C, V), contiguous, of a dtype that kernels read."""
     if target.dtype == torch.bool:
         target = target.view(torch.uint8)
     elif target.dtype not in _TARGETS:
@@ -289,7 +312,7 @@ class _ClassSums(torch.autograd.Function):
         class_mask: Tensor | None,
         inplace_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        table, wrong = _forward(logits, target, mode, gamma, ignore_index, class_mask)
+        table, wrong = forward_op(logits, target, mode, gamma, ignore_index, class_mask)
         ctx.save_for_backward(logits, target, class_mask)
         ctx.options = (mode, gamma, ignore_index)
         ctx.inplace_grad = inplace_grad
@@ -302,7 +325,7 @@ class _ClassSums(torch.autograd.Function):
         logits, target, class_mask = ctx.saved_tensors
         arguments = (logits, target, grads[0].contiguous(), *ctx.options, class_mask)
         if ctx.inplace_grad:
-            _backward_(*arguments)
+            backward_op_(*arguments)
             # So that PyTorch notices when something else needs the logits.
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()
@@ -339,7 +362,7 @@ def _fake_backward(logits: Tensor, *_: Any) -> Tensor:
 
 _OPTIONS = "int mode, float gamma, int? ignore_index, Tensor? class_mask"
 
-_forward = define(
+forward_op = define(
     f"focal_dice_fwd(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor sums, Tensor wrong)",
     op="focal_dice_loss",
     reference=reference.forward,
@@ -355,7 +378,7 @@ _backward = define(
     cpu=[csrc_kernel("focal_dice_backward", _unsupported)],
     cuda=[triton_kernel("focal_dice", "backward", _unsupported_by_triton)],
 )
-_backward_ = define(
+backward_op_ = define(
     f"focal_dice_bwd_(Tensor(a!) logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> ()",
     op="focal_dice_loss",
     reference=reference.backward_,

@@ -35,6 +35,10 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "focal_dice_loss": focal_dice(fk.focal_dice_loss),
     "focal_dice_sums": focal_dice(fk.focal_dice_sums),
     "heatmap_argmax_3d": fk.heatmap_argmax_3d,
+    "linear_argmax": lambda x: fk.linear_argmax(x, torch.ones(3, 4), None, probability=True),
+    "linear_focal_dice_loss": lambda x: fk.linear_focal_dice_loss(
+        x, torch.linspace(-1, 1, 12).view(3, 4), None, torch.ones(x[:, 0].shape, dtype=torch.uint8)
+    ),
     "norm_act": lambda x: fk.norm_act(x, torch.ones(4), torch.zeros(4), norm="instance"),
     "paste_rois_3d": paste_rois,
     "roi_gather_3d": roi_gather,
