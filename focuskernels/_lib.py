@@ -38,23 +38,25 @@ class Kernel:
 def define(
     schema: str,
     *,
-    op: str,
+    op: str | tuple[str, ...],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     cpu: Sequence[Kernel] = (),
     cuda: Sequence[Kernel] = (),
 ) -> Callable[..., Any]:
-    """Declare one opaque, functional op that serves the public function `op`, and return its overload.
+    """Declare one opaque, functional op that serves the public function or functions `op`; return its overload.
 
     The first of a device's kernels that can run does, else the reference; `backends` reads the same declaration.
     """
     name = schema.split("(", 1)[0]
+    served = (op,) if isinstance(op, str) else op
     _LIBRARY.define(schema)
     for device_type, kernels in (("cpu", cpu), ("cuda", cuda)):
-        body = _without_autocast(_first_that_can(op, tuple(kernels), reference), device_type)
+        body = _without_autocast(_first_that_can(", ".join(served), tuple(kernels), reference), device_type)
         _LIBRARY.impl(name, body, device_type.upper())
-        declared = _KERNELS.setdefault(op, {}).get(device_type, ())
-        _KERNELS[op][device_type] = (*declared, *kernels)
+        for public in served:
+            declared = _KERNELS.setdefault(public, {}).get(device_type, ())
+            _KERNELS[public][device_type] = (*declared, *kernels)
     torch.library.register_fake(f"focuskernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.focuskernels, name).default
 

@@ -1,12 +1,15 @@
 """Batch, instance or group normalisation followed by an activation."""
 
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from . import _channelwise as channelwise
 from ._arguments import require_float
+from ._lib import forbid_double_backward
 from .reference import norm_act as reference
+from .reference.norm_act import Sets
 
 Norm: TypeAlias = Literal["batch", "instance", "group"]
 Activation: TypeAlias = Literal["relu", "leaky_relu"]
@@ -56,20 +59,80 @@ def norm_act(
     groups = group_count(x.shape[1], num_groups if norm == "group" else None)
     if norm != "batch" or training:
         _check_count(x, norm, groups)
-    return reference.forward(
-        x,
+    sets = Sets(norm, groups, x.shape[2:].numel())
+    given = norm == "batch" and not training
+    y, mean, variance = _NormAct.apply(
+        channelwise.dense(x),
         weight,
         bias,
-        norm,
-        groups,
-        running_mean,
-        running_var,
-        training,
-        momentum,
+        running_mean if given else None,
+        running_var if given else None,
+        sets,
         eps,
-        activation,
+        channelwise.ACTIVATIONS[activation],
         negative_slope,
     )
+    if running_mean is not None and running_var is not None and training:
+        update_running(running_mean, running_var, mean, variance, momentum, x.shape[0] * sets.voxels)
+    return y
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        sets: Sets,
+        eps: float,
+        activation: int,
+        slope: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if running_mean is None or running_var is None:
+            mean, variance = reference.statistics(channelwise.moments(x), sets)
+        else:
+            mean, variance = given_statistics(x, running_mean, running_var)
+        rstd = (variance + eps).rsqrt()
+        table = reference.table(mean, rstd, weight, bias)
+        ctx.save_for_backward(x, table, rstd)
+        ctx.sets = None if running_mean is not None else sets
+        ctx.options = (activation, slope)
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        ctx.mark_non_differentiable(mean, variance)
+        return channelwise.affine(x, table, None, activation, slope), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        forbid_double_backward("norm_act")
+        x, table, rstd = ctx.saved_tensors
+        grad = channelwise.dense(grads[0], x)
+        sums, _ = channelwise.affine_sums(grad, x, table, None, *ctx.options, False)
+        rows, weight, bias = reference.gradient(sums, table, rstd, ctx.sets)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = channelwise.affine_backward(grad, x, table, rows, *ctx.options)
+        parameters = (None if d is None else g.to(d) for g, d in zip((weight, bias), ctx.dtypes))
+        return dx, *parameters, *(None,) * 6
+
+
+def given_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) each, in the dtype of tables."""
+    dtype, shape = channelwise.table_dtype(x), x.shape[:2]
+    return running_mean.to(dtype).expand(shape), running_var.to(dtype).expand(shape)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float, count: int
+) -> None:
+    """Move the running statistics (C,) towards those of a batch (N, C) of `count` values per channel, in place."""
+    if mean.shape[0] == 0:
+        return
+    running_mean.lerp_(mean[0].to(running_mean.dtype), momentum)
+    running_var.lerp_((variance[0] * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
 def check_names(norm: str, activation: str | None) -> None:

@@ -1,36 +1,79 @@
+"""Normalisation as `channelwise.affine`: its table, and the table of its gradient, from sums per sample and channel.
+
+A set is what shares a mean and a variance: a channel ("batch"), a channel of a sample ("instance") or a group of
+channels of a sample ("group"). All tensors are (N, C) unless said otherwise, equal within a set.
+"""
+
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    num_groups: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    negative_slope: float,
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, then the activation, in the dtype of x."""
-    if norm == "batch":
-        # With half-precision weights PyTorch would round the product of mean and weight too.
-        dtype = torch.promote_types(x.dtype, torch.float32) if running_mean is None else running_mean.dtype
-        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+class Sets(NamedTuple):
+    """What shares a mean and a variance."""
+
+    norm: str
+    groups: int  #: of "group"
+    voxels: int  #: of one channel of one sample
+
+    def channels(self, like: Tensor) -> int:
+        """How many (n, c) of `like` (N, C) are in one set."""
+        return {"batch": like.shape[0], "instance": 1, "group": like.shape[1] // self.groups}[self.norm]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over each set, at every member's place."""
+        if self.norm == "instance":
+            return values
+        if self.norm == "batch":
+            return values.sum(dim=0, keepdim=True).expand_as(values)
+        grouped = values.unflatten(1, (self.groups, -1))
+        return grouped.sum(dim=2, keepdim=True).expand_as(grouped).flatten(1)
+
+
+def statistics(moments: Tensor, sets: Sets) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the sets from the moments (N, 2, C) of their members (Chan et al. 1983)."""
+    mean, squares = moments.unbind(dim=1)
+    members = sets.channels(mean)
+    if sets.norm == "instance":
+        return mean, squares / sets.voxels
+    common = sets.sum(mean) / members
+    spread = squares + sets.voxels * (mean - common).square()
+    return common, sets.sum(spread) / (members * sets.voxels)
+
+
+def table(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(N, 3, C) for `channelwise.affine`."""
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
+    return torch.stack([mean, scale, shift], dim=1)
+
+
+class Gradient(NamedTuple):
+    """Of the input, as rows for `channelwise.affine_backward`, and of the parameters."""
+
+    rows: Tensor  #: (N, 3, C)
+    weight: Tensor  #: (C,)
+    bias: Tensor  #: (C,)
+
+
+def gradient(sums: Tensor, table: Tensor, rstd: Tensor, sets: Sets | None) -> Gradient:
+    """From the sums of d and d (x - mean), (N, 2, C); `sets` is None where the statistics were given."""
+    total, moment = sums.unbind(dim=1)
+    scale = table[:, 1]
+    if sets is None:
+        zero = torch.zeros_like(scale)
+        rows = torch.stack([scale, zero, zero], dim=1)
     else:
-        # a group per channel is instance normalisation; F.instance_norm would copy through a view
-        y = F.group_norm(x, x.shape[1] if norm == "instance" else num_groups, weight, bias, eps)
-    y = y.to(x.dtype)
-    # In place: the backward of a norm reads its input, never its output.
-    if activation == "relu":
-        return F.relu(y, inplace=True)
-    if activation == "leaky_relu":
-        # The backward in place takes the sign of the input from the output.
-        return F.leaky_relu(y, negative_slope, inplace=negative_slope >= 0)
-    return y
+        rows = rows_of(total * scale, moment * scale, scale, rstd, sets)
+    return Gradient(rows, (moment * rstd).sum(dim=0), total.sum(dim=0))
+
+
+def rows_of(total: Tensor, moment: Tensor, scale: Tensor, rstd: Tensor, sets: Sets) -> Tensor:
+    """Rows for `channelwise.affine_backward`: scale d less its mean and its part along x, both over the set.
+
+    `total` and `moment` are the sums of scale d and scale d (x - mean).
+    """
+    count = max(1, sets.channels(scale) * sets.voxels)
+    along = -rstd.square() * sets.sum(moment) / count
+    return torch.stack([scale, along, -sets.sum(total) / count], dim=1)
