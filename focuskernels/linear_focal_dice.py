@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import focal_dice
 from ._arguments import cast_for_autocast, require_float
-from ._lib import define, forbid_double_backward
+from ._lib import Kernel, csrc_missing, define, forbid_double_backward, triton_missing
 from .focal_dice import ClassSums, Mode
 from .reference import focal_dice as loss_reference
 from .reference import linear_focal_dice as reference
@@ -213,6 +213,8 @@ _forward = define(
     op="linear_focal_dice_loss",
     reference=_chunked_forward,
     fake=_fake_forward,
+    cpu=[Kernel("C++ (csrc), in chunks", _chunked_forward, csrc_missing)],
+    cuda=[Kernel("Triton, in chunks", _chunked_forward, triton_missing)],
 )
 _backward = define(
     f"linear_focal_dice_bwd({_LINEAR}, Tensor target, Tensor grad_sums, {_OPTIONS}, bool features_need_grad)"
@@ -220,6 +222,8 @@ _backward = define(
     op="linear_focal_dice_loss",
     reference=_chunked_backward,
     fake=_fake_backward,
+    cpu=[Kernel("C++ (csrc), in chunks", _chunked_backward, csrc_missing)],
+    cuda=[Kernel("Triton, in chunks", _chunked_backward, triton_missing)],
 )
 _argmax = define(
     f"linear_argmax({_LINEAR}, bool probability) -> (Tensor labels, Tensor probability)",

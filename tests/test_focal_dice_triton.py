@@ -148,7 +148,7 @@ from triton.compiler import ASTSource
 from focuskernels.kernels import focal_dice as kernels
 
 capability, dtype, mode = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-block_c, block_v, warps = kernels.tile(19)
+block_c, block_v, warps = kernels.tile(19, mode)
 pointers = {"logits": dtype, "grad": dtype, "sums": "fp32", "grad_sums": "fp32"}
 pointers |= {"target": "u8", "class_mask": "u8", "wrongs": "i32"}
 scalars = {"classes": "i32", "voxels": "i32", "stride_n": "i64", "stride_c": "i64", "ignore": "i64", "gamma": "fp32"}

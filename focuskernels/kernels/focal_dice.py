@@ -259,11 +259,12 @@ def backward_kernel(
     tl.store(grad + offset, result.to(grad.dtype.element_ty), mask=inside_classes[:, None] & (v < voxels)[None, :])
 
 
-def tile(classes: int) -> tuple[int, int, int]:
-    """BLOCK_C, BLOCK_V and warps, at 16 elements a lane: six accumulators and the tile must stay in registers."""
+def tile(classes: int, mode: int) -> tuple[int, int, int]:
+    """BLOCK_C, BLOCK_V and warps: 16 elements a lane, 8 with more accumulators, all of which must stay in registers."""
     block_c = max(2, triton.next_power_of_2(classes))
     block_v = min(1024, max(16, 2048 // block_c))
-    return block_c, block_v, min(32, max(1, block_c * block_v // 512))
+    lane = 16 if mode == SOFTMAX.value else 8
+    return block_c, block_v, min(32, max(1, block_c * block_v // (32 * lane)))
 
 
 def forward(
@@ -271,7 +272,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.focal_dice.forward`."""
     batch, classes, voxels = logits.shape
-    block_c, block_v, warps = tile(classes)
+    block_c, block_v, warps = tile(classes, mode)
     programs = triton.cdiv(voxels, block_v * TILES_PER_PROGRAM)
     sums = logits.new_empty((batch, programs, ROWS, classes), dtype=torch.float32)
     wrong = logits.new_empty((batch, programs), dtype=torch.int32)
@@ -334,7 +335,7 @@ def _launch_backward(
     class_mask: Tensor | None,
 ) -> None:
     batch, classes, voxels = logits.shape
-    block_c, block_v, warps = tile(classes)
+    block_c, block_v, warps = tile(classes, mode)
     if logits.numel() == 0:
         return
     with _on(logits):
