@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lib import define, layout_of
+from ._lib import csrc_kernel, define, layout_of
 from .reference import channelwise as reference
 from .reference.channelwise import ACTIVATIONS, table_dtype
 
@@ -43,14 +43,14 @@ moments = define(
     op=_PUBLIC,
     reference=reference.moments,
     fake=_sums_like,
-    cpu=[],
+    cpu=[csrc_kernel("channel_moments", _unsupported)],
 )
 affine = define(
     "channel_affine(Tensor x, Tensor table, Tensor? residual, int activation, float slope) -> Tensor",
     op=_PUBLIC,
     reference=reference.affine,
     fake=lambda x, *_: torch.empty_like(x),
-    cpu=[],
+    cpu=[csrc_kernel("channel_affine", _unsupported)],
 )
 affine_sums = define(
     "channel_affine_sums(Tensor grad, Tensor x, Tensor table, Tensor? out, int activation, float slope, bool keep)"
@@ -58,7 +58,7 @@ affine_sums = define(
     op=_PUBLIC,
     reference=reference.affine_sums,
     fake=_fake_sums,
-    cpu=[],
+    cpu=[csrc_kernel("channel_affine_sums", _unsupported)],
 )
 affine_backward = define(
     "channel_affine_backward(Tensor grad, Tensor x, Tensor table, Tensor weights, int activation, float slope)"
@@ -66,5 +66,5 @@ affine_backward = define(
     op=_PUBLIC,
     reference=reference.affine_backward,
     fake=lambda grad, x, *_: torch.empty_like(x),
-    cpu=[],
+    cpu=[csrc_kernel("channel_affine_backward", _unsupported)],
 )
