@@ -57,6 +57,8 @@ def se_residual(
 def same_kind(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Both dense in the layout of `x` and in one dtype."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
+    if residual is x:
+        residual = x.view_as(x)  # torch.compile takes no tensor twice
     x = channelwise.dense(x.to(dtype))
     return x, channelwise.dense(residual.to(dtype), x)
 
