@@ -69,27 +69,47 @@ INLINE V larger(V x, V least) {
   return least > x ? least : x;
 }
 
+// What exp_of needs. In a loop over classes there are more constants than registers, and the compiler would rather
+// keep them than the sums; behind a pointer that it cannot see through they are operands in memory.
+struct ExpConstants {
+  static constexpr int kLanes = ARCH_BYTES / sizeof(float), kCount = 10;
+  float values[kCount][kLanes] __attribute__((aligned(64)));
+};
+
+INLINE ExpConstants exp_constants() {
+  // Adding the third leaves the rounded exponent, biased, in the low bits. Then the minimax polynomial of 2^x.
+  constexpr float kValues[ExpConstants::kCount] = {-88.02f,       1.44269504f, 12582912.0f + 127.0f, 0.00015353362f, 0.0013398875f,
+                                                   0.009618437f, 0.055503324f, 0.24022648f, 0.6931472f, 1.0f};
+  ExpConstants constants;
+  for (int i = 0; i < ExpConstants::kCount; ++i) {
+    for (int lane = 0; lane < ExpConstants::kLanes; ++lane) constants.values[i][lane] = kValues[i];
+  }
+  return constants;
+}
+
 // e^x for x <= 0; exactly 1 at 0, 0 below -88, NaN for NaN.
-INLINE VF exp_of(VF x) {
-  constexpr float kLowest = -88.02f, kLog2e = 1.44269504f;
-  constexpr float kRound = 12582912.0f + 127.0f;  // adding it leaves the rounded exponent, biased, in the low bits
-  x = larger<float>(x, all<VF>(kLowest));
-  const VF shifted = x * kLog2e + kRound;
-  const VF f = x * kLog2e - (shifted - kRound);
-  VF p = all<VF>(0.00015353362f);
-  p = p * f + 0.0013398875f;
-  p = p * f + 0.009618437f;
-  p = p * f + 0.055503324f;
-  p = p * f + 0.24022648f;
-  p = p * f + 0.6931472f;
-  p = p * f + 1.0f;
+INLINE VF exp_of(VF x, const ExpConstants& constants) {
+  const auto k = [&](int i) __attribute__((always_inline)) ARCH_TARGET { return load(constants.values[i]); };
+  x = larger<float>(x, k(0));
+  const VF shifted = x * k(1) + k(2);
+  const VF f = x * k(1) - (shifted - k(2));
+  VF p = k(3) * f + k(4);
+  p = p * f + k(5);
+  p = p * f + k(6);
+  p = p * f + k(7);
+  p = p * f + k(8);
+  p = p * f + k(9);
   return p * reinterpret_cast<VF>(reinterpret_cast<VI>(shifted) << 23);
 }
+
+INLINE VF exp_of(VF x) { return exp_of(x, exp_constants()); }
 
 INLINE VD exp_of(VD x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
   return x;
 }
+
+INLINE VD exp_of(VD x, const ExpConstants&) { return exp_of(x); }
 
 // log x for positive, normal x.
 INLINE VF log_of(VF x) {
@@ -235,8 +255,18 @@ struct Tile {
   Real* values;       // [block][slots + 1][32]; the extra slot takes what belongs nowhere
   Real* aside;        // [slots + 1][32]
   Real* sums;         // [4][slots + 1][4] of the true class, then [2][slots][lanes]
-  Real top[kMaxTile];
-  int32_t labels[kMaxTile];
+  // Per voxel: the largest logit; the true class's; the sum of the other exponentials and the inverse of the whole sum;
+  // p and the focal term of the true class. Worked on a tile at a time, so that latencies overlap.
+  Real top[kMaxTile] __attribute__((aligned(64)));
+  Real chosen[kMaxTile] __attribute__((aligned(64)));
+  Real others[kMaxTile] __attribute__((aligned(64)));
+  Real inverse[kMaxTile] __attribute__((aligned(64)));
+  Real true_p[kMaxTile] __attribute__((aligned(64)));
+  Real true_focal[kMaxTile] __attribute__((aligned(64)));
+  Real mean[kMaxTile] __attribute__((aligned(64)));
+  Real true_grad[kMaxTile] __attribute__((aligned(64)));
+  int32_t labels[kMaxTile] __attribute__((aligned(64)));
+  int uniform[kMaxTile / kBlock];
 
   explicit Tile(int count) : slots(count) {
     const int fitting = 24576 / static_cast<int>(sizeof(Real)) / (count + 1) / kBlock * kBlock;
@@ -460,12 +490,57 @@ INLINE void scatter_add(Real* sums, int slots, const int32_t* labels, int unifor
   }
 }
 
+// Replaces the logits of a block by e^(x - top) and sums them up, in backward also weighted by `weights` of the classes.
+template <class Real, bool kWeighted>
+INLINE void exponentials(Real* block, const Real* top, Real* others, const Real* weights, Real* weighted, int slots,
+                         const ExpConstants& constants) {
+  using V = typename Vec<Real>::type;
+  constexpr int kStep = kLanes<Real>, kGroup = 2;
+  for (int i = 0; i < kBlock; i += kGroup * kStep) {
+    V tops[kGroup], sums[kGroup], means[kGroup];
+    for (int v = 0; v < kGroup; ++v) tops[v] = load(top + i + v * kStep), sums[v] = means[v] = V{};
+    const ExpConstants* k = &constants;
+    Real* row = block + i;
+    for (int a = 0; a < slots; ++a, row += kBlock) {
+      __asm__("" : "+r"(k));
+      for (int v = 0; v < kGroup; ++v) {
+        const V e = exp_of(load(row + v * kStep) - tops[v], *k);
+        store(row + v * kStep, e);
+        sums[v] += e;
+        if (kWeighted) means[v] += e * weights[a];
+      }
+    }
+    for (int v = 0; v < kGroup; ++v) {
+      store(others + i + v * kStep, sums[v]);
+      if (kWeighted) store(weighted + i + v * kStep, means[v]);
+    }
+  }
+}
+
+// Adds the probabilities of a block to each class's sum.
+template <class Real>
+INLINE void add_predictions(const Real* block, const Real* inverse, Real* prediction, int slots) {
+  using V = typename Vec<Real>::type;
+  constexpr int kStep = kLanes<Real>, kCount = kVectors<Real>;
+  V scale[kCount];
+  for (int v = 0; v < kCount; ++v) scale[v] = load(inverse + v * kStep);
+  for (int a = 0; a < slots; ++a) {
+    V total = load(block + a * kBlock) * scale[0], more = load(block + a * kBlock + kStep) * scale[1];
+    for (int v = 2; v < kCount; v += 2) {
+      total += load(block + a * kBlock + v * kStep) * scale[v];
+      more += load(block + a * kBlock + (v + 1) * kStep) * scale[v + 1];
+    }
+    store(prediction + a * kStep, load(prediction + a * kStep) + (total + more));
+  }
+}
+
 template <class Format>
 KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, int64_t begin, int64_t end, double* out) {
   using Real = typename Format::Value;
   using V = typename Vec<Real>::type;
-  constexpr int kStep = kLanes<Real>, kCount = kVectors<Real>;
+  constexpr int kStep = kLanes<Real>;
   const Gamma gamma = gamma_of(p.gamma);
+  const ExpConstants constants = exp_constants();
   const int slots = s.count();
   Tile<Real> tile(slots);
   Real* const true_sums = tile.sums;
@@ -483,10 +558,13 @@ KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, 
     for (int b = 0; b < blocks; ++b) {
       Real* block = tile.block(b);
       Real* top = tile.top + b * kBlock;
+      Real* chosen = tile.chosen + b * kBlock;
       const int32_t* labels = tile.labels + b * kBlock;
-      const int uniform = uniform_slot(labels);
-      if (uniform == slots) continue;
-      Real chosen[kBlock], true_p[kBlock], true_focal[kBlock];
+      const int uniform = tile.uniform[b] = uniform_slot(labels);
+      if (uniform == slots) {
+        for (int i = 0; i < kBlock; ++i) top[i] = chosen[i] = tile.others[b * kBlock + i] = 0;
+        continue;
+      }
       take_true(block, top, chosen, labels, uniform, slots);
       if (p.mode != kSoftmax) {
         for (int a = 0; a < slots; ++a) {
@@ -501,40 +579,33 @@ KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, 
           store(outside + a * kStep, load(outside + a * kStep) + focal_sum);
           if (p.mode == kSigmoid) store(prediction + a * kStep, load(prediction + a * kStep) + p_sum);
         }
-        for (int i = 0; i < kBlock; i += kStep) {
-          V q, rest, loss, whole, less;
-          sigmoid_of<Real>(load(chosen + i), q, rest, loss);
-          power<Real>(rest, gamma, whole, less);
-          store(true_p + i, q);
-          store(true_focal + i, whole * loss);
-        }
+      }
+      if (p.mode != kSigmoid) exponentials<Real, false>(block, top, tile.others + b * kBlock, nullptr, nullptr, slots, constants);
+    }
+    for (int i = 0; i < blocks * kBlock; i += kStep) {
+      V q, rest, loss, whole, less;
+      if (p.mode != kSoftmax) {
+        sigmoid_of<Real>(load(tile.chosen + i), q, rest, loss);
+        power<Real>(rest, gamma, whole, less);
+        store(tile.true_p + i, q);
+        store(tile.true_focal + i, whole * loss);
       }
       if (p.mode != kSigmoid) {
-        V tops[kCount], others[kCount], inverse[kCount];
-        for (int v = 0; v < kCount; ++v) tops[v] = load(top + v * kStep), others[v] = V{};
-        for (int a = 0; a < slots; ++a) {
-          for (int v = 0; v < kCount; ++v) {
-            const V e = exp_of(load(block + a * kBlock + v * kStep) - tops[v]);
-            store(block + a * kBlock + v * kStep, e);
-            others[v] += e;
-          }
-        }
-        for (int v = 0; v < kCount; ++v) {
-          V q, rest, log_p, whole, less;
-          softmax_true<Real>(load(chosen + v * kStep), tops[v], others[v], inverse[v], q, rest, log_p);
-          store(true_p + v * kStep, q);
-          if (p.mode == kSoftmax) {
-            power<Real>(rest, gamma, whole, less);
-            store(true_focal + v * kStep, whole * -log_p);
-          }
-        }
-        for (int a = 0; a < slots; ++a) {
-          V total = load(prediction + a * kStep);
-          for (int v = 0; v < kCount; ++v) total += load(block + a * kBlock + v * kStep) * inverse[v];
-          store(prediction + a * kStep, total);
+        V inverse;
+        softmax_true<Real>(load(tile.chosen + i), load(tile.top + i), load(tile.others + i), inverse, q, rest, loss);
+        store(tile.inverse + i, inverse);
+        store(tile.true_p + i, q);
+        if (p.mode == kSoftmax) {
+          power<Real>(rest, gamma, whole, less);
+          store(tile.true_focal + i, whole * -loss);
         }
       }
-      scatter_add(true_sums, slots, labels, uniform, true_p, true_focal);
+    }
+    for (int b = 0; b < blocks; ++b) {
+      if (tile.uniform[b] == slots) continue;
+      if (p.mode != kSigmoid) add_predictions(tile.block(b), tile.inverse + b * kBlock, prediction, slots);
+      scatter_add(true_sums, slots, tile.labels + b * kBlock, tile.uniform[b], tile.true_p + b * kBlock,
+                  tile.true_focal + b * kBlock);
     }
     for (int a = 0; a < slots; ++a) {
       double found[3] = {};
@@ -556,6 +627,60 @@ KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, 
   return wrong;
 }
 
+// One number of the table per voxel, that of its class.
+template <class Real>
+INLINE typename Vec<Real>::type of_class(const Real* table, const int32_t* labels) {
+  typename Vec<Real>::type v;
+  for (int lane = 0; lane < kLanes<Real>; ++lane) v[lane] = table[labels[lane]];
+  return v;
+}
+
+// Gradients of a block's logits where they are not the true class's, independent channels.
+template <class Real>
+INLINE void outside_gradients(const Real* block, Real* out, const Real* g_prediction, const Real* g_outside, int slots,
+                              Real dice, Gamma gamma) {
+  using V = typename Vec<Real>::type;
+  for (int a = 0; a < slots; ++a) {
+    for (int i = a * kBlock; i < (a + 1) * kBlock; i += kLanes<Real>) {
+      V q, rest, loss;
+      sigmoid_of<Real>(-load(block + i), q, rest, loss);
+      const V slope = sigmoid_slope<Real>(q, rest, loss, gamma);
+      store(out + i, dice * g_prediction[a] * (q * rest) - g_outside[a] * slope);
+    }
+  }
+}
+
+// Gradients of the true classes' logits of some voxels, independent channels.
+template <class Real>
+INLINE void sigmoid_gradients(Tile<Real>& tile, int i, const Real* g_inside, const Real* g_prediction, const Real* g_focal,
+                              Real dice, Gamma gamma) {
+  using V = typename Vec<Real>::type;
+  const int32_t* labels = tile.labels + i;
+  V q, rest, loss;
+  sigmoid_of<Real>(load(tile.chosen + i), q, rest, loss);
+  const V slope = sigmoid_slope<Real>(q, rest, loss, gamma);
+  const V g = of_class(g_prediction, labels) + of_class(g_inside, labels);
+  store(tile.true_grad + i, dice * g * (q * rest) + of_class(g_focal, labels) * slope);
+}
+
+// The same of a softmax; leaves in `mean` what the other classes subtract from their g.
+template <class Real>
+INLINE void softmax_gradients(Tile<Real>& tile, int i, const Real* g_inside, const Real* g_prediction, const Real* g_focal,
+                              Real weight, Gamma gamma) {
+  using V = typename Vec<Real>::type;
+  const int32_t* labels = tile.labels + i;
+  V inverse, q, rest, log_p, whole, less;
+  softmax_true<Real>(load(tile.chosen + i), load(tile.top + i), load(tile.others + i), inverse, q, rest, log_p);
+  power<Real>(rest, gamma, whole, less);
+  const V slope = Real(gamma.value) * q * log_p * less - whole;
+  const V own = q * of_class(g_inside, labels) + weight * of_class(g_focal, labels) * slope;
+  const V around = load(tile.mean + i) * inverse, g = of_class(g_prediction, labels);
+  // p_t (g - h) + own with h = around + p_t g + own, rearranged so that nothing cancels as p_t tends to 1.
+  store(tile.true_grad + i, rest * (q * g + own) - q * around);
+  store(tile.mean + i, around + q * g + own);
+  store(tile.inverse + i, inverse);
+}
+
 template <class Format>
 KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, int64_t begin, int64_t end) {
   using Real = typename Format::Value;
@@ -563,7 +688,7 @@ KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, in
   constexpr int kStep = kLanes<Real>, kCount = kVectors<Real>;
   const Gamma gamma = gamma_of(p.gamma);
   const int slots = s.count();
-  const bool softmax = p.mode != kSigmoid, sigmoid = p.mode != kSoftmax;
+  const ExpConstants constants = exp_constants();
   Tile<Real> tile(slots);
   std::vector<Real> gradient(s.grad.begin(), s.grad.end());
   const Real* g_inside = gradient.data() + kIntersection * (slots + 1);
@@ -579,78 +704,61 @@ KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, in
     for (int b = 0; b < blocks; ++b) {
       Real* block = tile.block(b);
       Real* top = tile.top + b * kBlock;
+      Real* chosen = tile.chosen + b * kBlock;
       const int32_t* labels = tile.labels + b * kBlock;
-      const int uniform = uniform_slot(labels);
+      const int uniform = tile.uniform[b] = uniform_slot(labels);
       if (uniform == slots) {
         for (int i = 0; i < slots * kBlock; ++i) block[i] = 0;
+        for (int i = b * kBlock; i < (b + 1) * kBlock; ++i) tile.top[i] = tile.chosen[i] = tile.others[i] = tile.mean[i] = 0;
         continue;
       }
-      Real chosen[kBlock], inside[kBlock], prediction[kBlock], focal[kBlock], true_grad[kBlock] = {};
       take_true(block, top, chosen, labels, uniform, slots);
-      for (int i = 0; i < kBlock; ++i) {
-        const int t = uniform >= 0 ? uniform : labels[i];
-        inside[i] = g_inside[t];
-        prediction[i] = g_prediction[t];
-        focal[i] = g_focal[t];
+      if (p.mode == kSigmoid) outside_gradients(block, block, g_prediction, g_outside, slots, Real(1), gamma);
+      if (p.mode == kSoftmax) {
+        exponentials<Real, true>(block, top, tile.others + b * kBlock, g_prediction, tile.mean + b * kBlock, slots, constants);
       }
-      if (sigmoid) {
-        const Real dice = softmax ? 0 : 1;
-        for (int a = 0; a < slots; ++a) {
-          for (int i = 0; i < kBlock; i += kStep) {
-            V q, rest, loss;
-            sigmoid_of<Real>(-load(block + a * kBlock + i), q, rest, loss);
-            const V slope = sigmoid_slope<Real>(q, rest, loss, gamma);
-            const V grad = dice * g_prediction[a] * (q * rest) - g_outside[a] * slope;
-            store((softmax ? tile.aside : block) + a * kBlock + i, grad);
-          }
-        }
-        for (int i = 0; i < kBlock; i += kStep) {
-          V q, rest, loss;
-          sigmoid_of<Real>(load(chosen + i), q, rest, loss);
-          const V slope = sigmoid_slope<Real>(q, rest, loss, gamma);
-          store(true_grad + i, dice * (load(prediction + i) + load(inside + i)) * (q * rest) + load(focal + i) * slope);
+    }
+    for (int i = 0; i < blocks * kBlock; i += kStep) {
+      if (p.mode == kSoftmax) softmax_gradients(tile, i, g_inside, g_prediction, g_focal, Real(1), gamma);
+      if (p.mode == kSigmoid) sigmoid_gradients(tile, i, g_inside, g_prediction, g_focal, Real(1), gamma);
+    }
+    for (int b = 0; b < blocks; ++b) {
+      if (tile.uniform[b] == slots) continue;
+      Real* block = tile.block(b);
+      const int first = b * kBlock;
+      if (p.mode == kSoftmaxDiceSigmoidFocal) {
+        outside_gradients(block, tile.aside, g_prediction, g_outside, slots, Real(0), gamma);
+        exponentials<Real, true>(block, tile.top + first, tile.others + first, g_prediction, tile.mean + first, slots, constants);
+        Real sigmoid[kBlock];
+        for (int i = first; i < first + kBlock; i += kStep) {
+          sigmoid_gradients(tile, i, g_inside, g_prediction, g_focal, Real(0), gamma);
+          store(sigmoid + i - first, load(tile.true_grad + i));
+          softmax_gradients(tile, i, g_inside, g_prediction, g_focal, Real(0), gamma);
+          store(tile.true_grad + i, load(tile.true_grad + i) + load(sigmoid + i - first));
         }
       }
-      if (softmax) {
-        const Real weight = sigmoid ? 0 : 1;
-        V tops[kCount], others[kCount], mean[kCount], inverse[kCount];
-        for (int v = 0; v < kCount; ++v) tops[v] = load(top + v * kStep), others[v] = mean[v] = V{};
-        for (int a = 0; a < slots; ++a) {
-          const Real g = g_prediction[a];
-          for (int v = 0; v < kCount; ++v) {
-            const V e = exp_of(load(block + a * kBlock + v * kStep) - tops[v]);
-            store(block + a * kBlock + v * kStep, e);
-            others[v] += e;
-            mean[v] += e * g;
-          }
-        }
+      if (p.mode != kSigmoid) {
+        V inverse[kCount], mean[kCount];
         for (int v = 0; v < kCount; ++v) {
-          V q, rest, log_p, whole, less;
-          softmax_true<Real>(load(chosen + v * kStep), tops[v], others[v], inverse[v], q, rest, log_p);
-          power<Real>(rest, gamma, whole, less);
-          const V slope = Real(gamma.value) * q * log_p * less - whole;
-          const V own = q * load(inside + v * kStep) + weight * load(focal + v * kStep) * slope;
-          const V around = mean[v] * inverse[v], g = load(prediction + v * kStep);
-          // p_t (g - h) + own with h = around + p_t g + own, rearranged so that nothing cancels as p_t tends to 1.
-          const V grad = rest * (q * g + own) - q * around;
-          store(true_grad + v * kStep, load(true_grad + v * kStep) + grad);
-          mean[v] = around + q * g + own;
+          inverse[v] = load(tile.inverse + first + v * kStep);
+          mean[v] = load(tile.mean + first + v * kStep);
         }
         for (int a = 0; a < slots; ++a) {
           const Real g = g_prediction[a];
           for (int v = 0; v < kCount; ++v) {
-            const V e = load(block + a * kBlock + v * kStep);
-            store(block + a * kBlock + v * kStep, e * inverse[v] * (g - mean[v]));
+            Real* place = block + a * kBlock + v * kStep;
+            store(place, load(place) * inverse[v] * (g - mean[v]));
           }
         }
-        if (sigmoid) {
-          for (int i = 0; i < slots * kBlock; ++i) block[i] += tile.aside[i];
-        }
       }
-      if (uniform >= 0) {
-        std::memcpy(block + uniform * kBlock, true_grad, sizeof(true_grad));
+      if (p.mode == kSoftmaxDiceSigmoidFocal) {
+        for (int i = 0; i < slots * kBlock; ++i) block[i] += tile.aside[i];
+      }
+      const int32_t* labels = tile.labels + first;
+      if (tile.uniform[b] >= 0) {
+        std::memcpy(block + tile.uniform[b] * kBlock, tile.true_grad + first, kBlock * sizeof(Real));
       } else {
-        for (int i = 0; i < kBlock; ++i) block[labels[i] * kBlock + i] = true_grad[i];
+        for (int i = 0; i < kBlock; ++i) block[labels[i] * kBlock + i] = tile.true_grad[first + i];
       }
     }
     store_tile<Format>(p, s, start, count, tile);
