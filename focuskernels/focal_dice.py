@@ -364,7 +364,7 @@ _OPTIONS = "int mode, float gamma, int? ignore_index, Tensor? class_mask"
 
 forward_op = define(
     f"focal_dice_fwd(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor sums, Tensor wrong)",
-    op="focal_dice_loss",
+    op=("focal_dice_loss", "focal_dice_sums"),
     reference=reference.forward,
     fake=_fake_forward,
     cpu=[csrc_kernel("focal_dice_forward", _unsupported)],
@@ -372,7 +372,7 @@ forward_op = define(
 )
 _backward = define(
     f"focal_dice_bwd(Tensor logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> Tensor",
-    op="focal_dice_loss",
+    op=("focal_dice_loss", "focal_dice_sums"),
     reference=reference.backward,
     fake=_fake_backward,
     cpu=[csrc_kernel("focal_dice_backward", _unsupported)],
@@ -380,7 +380,7 @@ _backward = define(
 )
 backward_op_ = define(
     f"focal_dice_bwd_(Tensor(a!) logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> ()",
-    op="focal_dice_loss",
+    op=("focal_dice_loss", "focal_dice_sums"),
     reference=reference.backward_,
     fake=lambda *_: None,
     cpu=[csrc_kernel("focal_dice_backward_", _unsupported)],
