@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lib import csrc_kernel, define, layout_of
+from ._lib import csrc_kernel, define, layout_of, triton_kernel
 from .reference import channelwise as reference
 from .reference.channelwise import ACTIVATIONS, table_dtype
 
@@ -28,6 +28,13 @@ def _unsupported(x: Tensor, *_: Any) -> str | None:
     return None if x.dtype in (*_HALF_OR_FLOAT, torch.float64) else f"no kernel for {x.dtype}"
 
 
+def _unsupported_by_triton(x: Tensor, *_: Any) -> str | None:
+    if x.dtype not in _HALF_OR_FLOAT:
+        return f"no kernel for {x.dtype}"
+    # A grid's third axis is the batch, its second the channels, one by one where they come first.
+    return f"{tuple(x.shape)} has too many samples or channels" if max(x.shape[:2]) > 65535 else None
+
+
 def _sums_like(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], 2, x.shape[1]), dtype=table_dtype(x))
 
@@ -44,6 +51,7 @@ moments = define(
     reference=reference.moments,
     fake=_sums_like,
     cpu=[csrc_kernel("channel_moments", _unsupported)],
+    cuda=[triton_kernel("channelwise", "moments", _unsupported_by_triton)],
 )
 affine = define(
     "channel_affine(Tensor x, Tensor table, Tensor? residual, int activation, float slope) -> Tensor",
@@ -51,6 +59,7 @@ affine = define(
     reference=reference.affine,
     fake=lambda x, *_: torch.empty_like(x),
     cpu=[csrc_kernel("channel_affine", _unsupported)],
+    cuda=[triton_kernel("channelwise", "affine", _unsupported_by_triton)],
 )
 affine_sums = define(
     "channel_affine_sums(Tensor grad, Tensor x, Tensor table, Tensor? out, int activation, float slope, bool keep)"
@@ -59,6 +68,7 @@ affine_sums = define(
     reference=reference.affine_sums,
     fake=_fake_sums,
     cpu=[csrc_kernel("channel_affine_sums", _unsupported)],
+    cuda=[triton_kernel("channelwise", "affine_sums", _unsupported_by_triton)],
 )
 affine_backward = define(
     "channel_affine_backward(Tensor grad, Tensor x, Tensor table, Tensor weights, int activation, float slope)"
@@ -67,4 +77,5 @@ affine_backward = define(
     reference=reference.affine_backward,
     fake=lambda grad, x, *_: torch.empty_like(x),
     cpu=[csrc_kernel("channel_affine_backward", _unsupported)],
+    cuda=[triton_kernel("channelwise", "affine_backward", _unsupported_by_triton)],
 )

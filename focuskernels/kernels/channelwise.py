@@ -1,0 +1,313 @@
+"""Triton kernels of the passes that norm_act, se_residual and norm_se_residual consist of (docs/se_residual.md).
+
+Bytes, in maps: moments 1 read; affine 1 read (2 with a residual), 1 written; sums 2 read (3 with the output), 1 written
+if the gradient is kept; backward 2 read, 1 written. A program holds a tile of channels by voxels, whose fast axis is
+that of the memory; reductions keep one accumulator per element of the tile and reduce it once. The programs' sums are
+added in a fixed order, so that results do not depend on scheduling.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NONE = tl.constexpr(0)
+RELU = tl.constexpr(1)
+
+TILES_PER_PROGRAM = 16
+ELEMENTS = 4096
+WARPS = 8
+
+
+@triton.jit
+def _offsets(n, c, v, channels, voxels, stride_c, stride_v):
+    """Of a tile, 64 bits, and which of its elements exist."""
+    base = n * channels * voxels
+    offset = base + c.to(tl.int64)[:, None] * stride_c + v[None, :] * stride_v
+    return offset, (c < channels)[:, None] & (v < voxels)[None, :]
+
+
+@triton.jit
+def _row(table, n, row, c, channels):
+    return tl.load(table + (n * 3 + row) * channels + c, mask=c < channels, other=0.0)[:, None]
+
+
+@triton.jit
+def _before_activation(grad, y, slope, ACTIVATION: tl.constexpr):
+    if ACTIVATION == NONE:
+        return grad
+    elif ACTIVATION == RELU:
+        return tl.where(y <= 0, 0.0, grad)
+    else:
+        return tl.where(y <= 0, grad * slope, grad)
+
+
+@triton.jit
+def moments_kernel(
+    x,
+    found,
+    channels,
+    voxels: tl.int64,
+    stride_c: tl.int64,
+    stride_v: tl.int64,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    begin = program * TILES * BLOCK_V
+    # Differences from the mean of the first tile, so that large means cancel little.
+    v = begin + tl.arange(0, BLOCK_V)
+    offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+    first = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.sum(first, axis=1) / tl.minimum(voxels - begin, BLOCK_V).to(tl.float32)
+    difference = tl.where(inside, first - shift[:, None], 0.0)
+    total = difference
+    squares = difference * difference
+    for tile in range(1, TILES):
+        v = begin + tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+        difference = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - shift[:, None]
+        difference = tl.where(inside, difference, 0.0)
+        total += difference
+        squares += difference * difference
+    count = tl.minimum(voxels - begin, TILES * BLOCK_V).to(tl.float32)
+    mean = tl.sum(total, axis=1) / count
+    spread = tl.sum(squares, axis=1) - mean * mean * count
+    place = found + ((n * tl.num_programs(0) + program) * 2) * channels + c
+    tl.store(place, shift + mean, mask=c < channels)
+    tl.store(place + channels, tl.where(spread < 0, 0.0, spread), mask=c < channels)
+
+
+@triton.jit
+def affine_kernel(
+    x,
+    table,
+    residual,
+    out,
+    channels,
+    voxels: tl.int64,
+    stride_c: tl.int64,
+    stride_v: tl.int64,
+    slope: tl.float32,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+    y = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - _row(table, n, 0, c, channels)
+    y = y * _row(table, n, 1, c, channels) + _row(table, n, 2, c, channels)
+    if RESIDUAL:
+        y += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION != NONE:
+        y = tl.where(y < 0, 0.0 if ACTIVATION == RELU else y * slope, y)
+    tl.store(out + offset, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sums_kernel(
+    grad,
+    x,
+    table,
+    output,
+    kept,
+    found,
+    channels,
+    voxels: tl.int64,
+    stride_c: tl.int64,
+    stride_v: tl.int64,
+    slope: tl.float32,
+    ACTIVATION: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    center = _row(table, n, 0, c, channels)
+    scale = _row(table, n, 1, c, channels)
+    shift = _row(table, n, 2, c, channels)
+    total = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    moment = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    for tile in range(TILES):
+        v = (program * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
+        offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+        difference = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - center
+        d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
+        if ACTIVATION != NONE:
+            if OUTPUT:
+                y = tl.load(output + offset, mask=inside, other=0.0).to(tl.float32)
+            else:
+                y = difference * scale + shift
+            d = _before_activation(d, y, slope, ACTIVATION)
+        if KEEP:
+            tl.store(kept + offset, d.to(kept.dtype.element_ty), mask=inside)
+        total += d
+        moment += tl.where(inside, d * difference, 0.0)
+    place = found + ((n * tl.num_programs(0) + program) * 2) * channels + c
+    tl.store(place, tl.sum(total, axis=1), mask=c < channels)
+    tl.store(place + channels, tl.sum(moment, axis=1), mask=c < channels)
+
+
+@triton.jit
+def backward_kernel(
+    grad,
+    x,
+    table,
+    weights,
+    out,
+    channels,
+    voxels: tl.int64,
+    stride_c: tl.int64,
+    stride_v: tl.int64,
+    slope: tl.float32,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+    difference = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - _row(table, n, 0, c, channels)
+    d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION != NONE:
+        y = difference * _row(table, n, 1, c, channels) + _row(table, n, 2, c, channels)
+        d = _before_activation(d, y, slope, ACTIVATION)
+    d = d * _row(weights, n, 0, c, channels)
+    d += difference * _row(weights, n, 1, c, channels) + _row(weights, n, 2, c, channels)
+    tl.store(out + offset, d.to(out.dtype.element_ty), mask=inside)
+
+
+def tile(channels: int, channels_last: bool) -> tuple[int, int]:
+    """BLOCK_C and BLOCK_V: channels first, a piece of one channel; last, whole rows where they are not long."""
+    block_c = min(128, triton.next_power_of_2(channels)) if channels_last else 1
+    return block_c, ELEMENTS // block_c
+
+
+def moments(x: Tensor) -> Tensor:
+    """As `reference.channelwise.moments`."""
+    batch, channels, voxels = x.shape[0], x.shape[1], x.shape[2:].numel()
+    block_c, block_v = tile(channels, _channels_last(x))
+    programs = triton.cdiv(voxels, block_v * TILES_PER_PROGRAM)
+    found = x.new_empty((batch, programs, 2, channels), dtype=torch.float32)
+    if x.numel():
+        with _on(x):
+            moments_kernel[(programs, triton.cdiv(channels, block_c), batch)](
+                x, found, *_sizes(x), BLOCK_C=block_c, BLOCK_V=block_v, TILES=TILES_PER_PROGRAM, num_warps=WARPS
+            )
+    return _merged(found, voxels, block_v * TILES_PER_PROGRAM)
+
+
+def affine(x: Tensor, table: Tensor, residual: Tensor | None, activation: int, slope: float) -> Tensor:
+    """As `reference.channelwise.affine`."""
+    out = torch.empty_like(x)
+    block_c, block_v = tile(x.shape[1], _channels_last(x))
+    if x.numel():
+        with _on(x):
+            affine_kernel[_grid(x, block_c, block_v)](
+                x,
+                table,
+                x if residual is None else residual,
+                out,
+                *_sizes(x),
+                slope,
+                ACTIVATION=activation,
+                RESIDUAL=residual is not None,
+                BLOCK_C=block_c,
+                BLOCK_V=block_v,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def affine_sums(
+    grad: Tensor, x: Tensor, table: Tensor, out: Tensor | None, activation: int, slope: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """As `reference.channelwise.affine_sums`."""
+    batch, channels, voxels = x.shape[0], x.shape[1], x.shape[2:].numel()
+    block_c, block_v = tile(channels, _channels_last(x))
+    programs = triton.cdiv(voxels, block_v * TILES_PER_PROGRAM)
+    found = x.new_empty((batch, programs, 2, channels), dtype=torch.float32)
+    kept = torch.empty_like(x) if keep else grad.new_empty(0)
+    if x.numel():
+        with _on(x):
+            sums_kernel[(programs, triton.cdiv(channels, block_c), batch)](
+                grad,
+                x,
+                table,
+                x if out is None else out,
+                kept if keep else x,
+                found,
+                *_sizes(x),
+                slope,
+                ACTIVATION=activation,
+                OUTPUT=out is not None,
+                KEEP=keep,
+                BLOCK_C=block_c,
+                BLOCK_V=block_v,
+                TILES=TILES_PER_PROGRAM,
+                num_warps=WARPS,
+            )
+    return found.sum(dim=1, dtype=torch.float64).to(torch.float32), kept
+
+
+def affine_backward(grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, activation: int, slope: float) -> Tensor:
+    """As `reference.channelwise.affine_backward`."""
+    out = torch.empty_like(x)
+    block_c, block_v = tile(x.shape[1], _channels_last(x))
+    if x.numel():
+        with _on(x):
+            backward_kernel[_grid(x, block_c, block_v)](
+                grad,
+                x,
+                table,
+                weights,
+                out,
+                *_sizes(x),
+                slope,
+                ACTIVATION=activation,
+                BLOCK_C=block_c,
+                BLOCK_V=block_v,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def _merged(found: Tensor, voxels: int, length: int) -> Tensor:
+    """Moments (N, 2, C) of what programs of `length` voxels, the last of fewer, found (N, programs, 2, C)."""
+    mean, squares = found.double().unbind(dim=2)
+    counts = torch.full((mean.shape[1], 1), length, dtype=mean.dtype, device=mean.device)
+    counts[-1:] = voxels - (mean.shape[1] - 1) * length
+    common = (mean * counts).sum(dim=1) / voxels
+    spread = squares + counts * (mean - common[:, None]).square()
+    return torch.stack([common, spread.sum(dim=1)], dim=1).to(torch.float32)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous()
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """channels, voxels and the strides of both."""
+    channels, voxels = x.shape[1], x.shape[2:].numel()
+    return (channels, voxels, 1, channels) if _channels_last(x) else (channels, voxels, voxels, 1)
+
+
+def _grid(x: Tensor, block_c: int, block_v: int) -> tuple[int, int, int]:
+    return triton.cdiv(x.shape[2:].numel(), block_v), triton.cdiv(x.shape[1], block_c), x.shape[0]
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
