@@ -5,6 +5,7 @@ from .focal_dice import FocalDiceSums, focal_dice_loss, focal_dice_sums
 from .heatmap_argmax3d import HeatmapPeaks, heatmap_argmax_3d
 from .linear_focal_dice import LinearArgmax, linear_argmax, linear_focal_dice_loss
 from .norm_act import norm_act
+from .norm_se_residual import norm_se_residual
 from .paste_rois3d import paste_rois_3d
 from .roi_gather3d import roi_gather_3d
 from .se_residual import se_residual
@@ -20,6 +21,7 @@ __all__ = [
     "linear_argmax",
     "linear_focal_dice_loss",
     "norm_act",
+    "norm_se_residual",
     "paste_rois_3d",
     "roi_gather_3d",
     "se_residual",

@@ -54,12 +54,7 @@ def norm_act(
             only to take statistics from.
     """
     check_names(norm, activation)
-    _check_tensors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    _check_running(norm, running_mean, running_var, training)
-    groups = group_count(x.shape[1], num_groups if norm == "group" else None)
-    if norm != "batch" or training:
-        _check_count(x, norm, groups)
-    sets = Sets(norm, groups, x.shape[2:].numel())
+    sets = check_norm(x, weight, bias, norm, num_groups, running_mean, running_var, training)
     given = norm == "batch" and not training
     y, mean, variance = _NormAct.apply(
         channelwise.dense(x),
@@ -151,6 +146,26 @@ def group_count(channels: int, num_groups: int | None) -> int:
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     return num_groups
+
+
+def check_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    num_groups: int | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> Sets:
+    """What shares statistics; refuses what does not fit."""
+    check_names(norm, None)
+    _check_tensors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    _check_running(norm, running_mean, running_var, training)
+    groups = group_count(x.shape[1], num_groups if norm == "group" else None)
+    if norm != "batch" or training:
+        _check_count(x, norm, groups)
+    return Sets(norm, groups, x.shape[2:].numel())
 
 
 def _check_tensors(x: Tensor, **per_channel: Tensor | None) -> None:

@@ -31,7 +31,7 @@ def focal_dice(function: Callable[..., Any]) -> Callable[[Tensor], Any]:
 
 # Each calls one public function on x (N,4,4,5,6).
 CALLS: dict[str, Callable[[Tensor], Any]] = {
-    "dilated_conv3d": lambda x: fk.dilated_conv3d(x, torch.ones(3, 4, 3, 3, 3), None, (1, 2, 2)),
+    "dilated_conv3d": lambda x: fk.dilated_conv3d(x, torch.ones(3, 4, 3, 3, 3) + x.sum(), None, (1, 2, 2)),
     "focal_dice_loss": focal_dice(fk.focal_dice_loss),
     "focal_dice_sums": focal_dice(fk.focal_dice_sums),
     "heatmap_argmax_3d": fk.heatmap_argmax_3d,
@@ -40,6 +40,9 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
         x, torch.linspace(-1, 1, 12).view(3, 4), None, torch.ones(x[:, 0].shape, dtype=torch.uint8)
     ),
     "norm_act": lambda x: fk.norm_act(x, torch.ones(4), torch.zeros(4), norm="instance"),
+    "norm_se_residual": lambda x: fk.norm_se_residual(
+        x, x, None, None, torch.ones(1, 4), None, torch.ones(4, 1), None, num_groups=2, norm="group"
+    ),
     "paste_rois_3d": paste_rois,
     "roi_gather_3d": roi_gather,
     "se_residual": lambda x: fk.se_residual(
