@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ._arguments import triple
 from .dilated_conv3d import dilated_conv3d
 from .focal_dice import Mode, check_options, focal_dice_loss
-from .norm_act import Activation, Norm, check_names, group_count, norm_act
+from .norm_act import Activation, Norm, check_names, group_count, norm_act, recomputing
 from .roi_gather3d import roi_gather_3d
 from .se_residual import se_residual
 
@@ -157,7 +157,8 @@ class SEResBlock3d(nn.Module):
     """Pre-activation residual block with squeeze-and-excitation (FocusNet, section 2.1).
 
     norm-ReLU-conv, norm-ReLU-dilated conv, SE; added to the input, or to norm-ReLU-1x1x1 of it where the number of
-    channels changes.
+    channels changes. Saves for backward its input, the outputs of its convolutions and a few numbers per sample and
+    channel; what the norms put out is computed again.
 
     Args:
         in_channels, out_channels: channels before and after.
@@ -188,9 +189,19 @@ class SEResBlock3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) -> (N, out_channels, D, H, W)."""
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
-        return self.se(h, self.shortcut(x))
+        h = _conv_of_norm(self.conv1, self.norm1, x)
+        h = _conv_of_norm(self.conv2, self.norm2, h)
+        if isinstance(self.shortcut, nn.Sequential):
+            x = _conv_of_norm(self.shortcut[1], self.shortcut[0], x)
+        return self.se(h, x)
+
+
+def _conv_of_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    y = norm(x)
+    if torch.compiler.is_compiling():  # which decides itself what to compute again
+        return conv(y)
+    with recomputing(y):
+        return conv(y)
 
 
 class DenseASPP3d(nn.Module):

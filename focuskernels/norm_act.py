@@ -1,5 +1,7 @@
 """Batch, instance or group normalisation followed by an activation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -111,6 +113,33 @@ class _NormAct(torch.autograd.Function):
             dx = channelwise.affine_backward(grad, x, table, rows, *ctx.options)
         parameters = (None if d is None else g.to(d) for g, d in zip((weight, bias), ctx.dtypes))
         return dx, *parameters, *(None,) * 6
+
+
+@contextmanager
+def recomputing(y: Tensor) -> Iterator[None]:
+    """Whatever saves `y`, fresh from `norm_act`, for backward within this context saves the way to compute it instead.
+
+    That costs a pass in backward and keeps nothing but `x`, which the norm has saved anyway. Not for `torch.compile`.
+    """
+    node: Any = y.grad_fn
+    # Activation checkpointing and the like have a say already, and let nobody read what is saved twice.
+    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        yield
+        return
+    identity = (y.data_ptr(), y.shape, y.stride(), y.dtype)
+
+    def pack(saved: Tensor) -> Any:
+        same = (saved.data_ptr(), saved.shape, saved.stride(), saved.dtype) == identity
+        return node if same else saved
+
+    def unpack(packed: Any) -> Tensor:
+        if packed is not node:
+            return packed
+        x, table, _rstd = packed.saved_tensors
+        return channelwise.affine(x, table, None, *packed.options)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def given_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from compare import assert_traceable
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from focuskernels import focal_dice_loss, roi_gather_3d
 from focuskernels.nn import (
@@ -103,6 +105,36 @@ def test_se_res_block_is_the_papers(inputs: int, outputs: int) -> None:
     kernel, dilation = (1, 3, 3), (1, 2, 2)
     module = SEResBlock3d(inputs, outputs, kernel, dilation)
     assert_same_module(module, PlainBlock(inputs, outputs, kernel, dilation), torch.randn(2, inputs, 3, 5, 4))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_se_res_block_keeps_no_normalised_map(norm: str, autocast: bool) -> None:
+    block, stored = SEResBlock3d(4, 8, norm=norm), []
+    norms = [block.norm1, block.norm2, block.shortcut[0]]
+    for module in norms:
+        module.register_forward_hook(lambda _m, _x, y: stored.append(StorageWeakRef(y.untyped_storage())))
+    x = torch.randn(2, 4, 3, 5, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = block(x)
+    assert len(stored) == len(norms)
+    assert all(reference.expired() for reference in stored)
+    leaves = [x, *block.parameters()]
+    actual = torch.autograd.grad(y.float().square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        h = block.conv2(block.norm2(block.conv1(block.norm1(x))))
+        again = block.se(h, block.shortcut(x))
+    assert torch.equal(y, again)
+    assert all(torch.equal(a, e) for a, e in zip(actual, torch.autograd.grad(again.float().square().sum(), leaves)))
+
+
+def test_se_res_block_under_checkpoint() -> None:
+    block = SEResBlock3d(4, 8, norm="instance")
+    x = torch.randn(2, 4, 3, 5, 4, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), leaves)
+    actual = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
 
 
 def test_se_res_block_adds_its_input_unchanged() -> None:
