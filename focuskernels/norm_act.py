@@ -126,11 +126,10 @@ def recomputing(y: Tensor) -> Iterator[None]:
     if node is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         yield
         return
-    identity = (y.data_ptr(), y.shape, y.stride(), y.dtype)
+    identity = _identity(y)
 
     def pack(saved: Tensor) -> Any:
-        same = (saved.data_ptr(), saved.shape, saved.stride(), saved.dtype) == identity
-        return node if same else saved
+        return node if _identity(saved) == identity else saved
 
     def unpack(packed: Any) -> Tensor:
         if packed is not node:
@@ -140,6 +139,10 @@ def recomputing(y: Tensor) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _identity(t: Tensor) -> tuple[Any, ...]:
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
 
 
 def given_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
