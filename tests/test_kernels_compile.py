@@ -1,5 +1,6 @@
 """Triton kernels compile to machine code of every architecture without a GPU, and keep all they hold in registers."""
 
+import json
 import os
 import re
 import subprocess
@@ -59,3 +60,28 @@ def test_channelwise(capability: int, dtype: str, channels: int, channels_last: 
         assert int(stack) == int(local) == 0, result.stdout
         # Half of a multiprocessor's threads or more at a time.
         assert int(registers) <= 128 and int(shared) <= 48 * 1024, result.stdout
+
+
+#: Of a thread, by kernel: half of what there is lets two programs share a multiprocessor.
+CONV_REGISTERS = {"conv_kernel": 200, "weight_kernel": 190}
+#: The matrix instructions an architecture has.
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", MATRIX)
+def test_dilated_conv3d(capability: int) -> None:
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    tests = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), environment.get("PYTHONPATH", "")])
+    arguments = [sys.executable, str(tests / "compile_dilated_conv3d.py"), str(capability)]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    compiled = json.loads(result.stdout)
+    assert {each["kernel"] for each in compiled} == set(CONV_REGISTERS)
+    for each in compiled:
+        assert each["spilled"] == 0, each
+        assert each["registers"] <= CONV_REGISTERS[each["kernel"]], each
+        assert each["tensor_cores"] == [MATRIX[capability]], each
+        assert each["shared"] <= (163 if capability == 80 else 227) * 1024, each
