@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from . import _channelwise as channelwise
+from . import channelwise
 from ._arguments import require_float
 from ._lib import forbid_double_backward
 from .reference import norm_act as reference

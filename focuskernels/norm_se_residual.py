@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _channelwise as channelwise
+from . import channelwise
 from ._lib import forbid_double_backward
 from .norm_act import Norm, check_norm, given_statistics, update_running
 from .reference import norm_act as norm_reference

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _channelwise as channelwise
+from . import channelwise
 from ._arguments import require_float
 from ._lib import forbid_double_backward
 from .reference import se_residual as reference

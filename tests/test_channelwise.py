@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from focuskernels import _channelwise, _lib
+from focuskernels import _lib, channelwise
 from focuskernels.reference import channelwise as reference
 from focuskernels.reference.channelwise import LEAKY_RELU, NONE, RELU
 
@@ -196,8 +196,8 @@ def test_more_than_2_31_elements(triton_kernels: Any, layout: torch.memory_forma
     x = torch.zeros((1, 9, 1000, 512, 512), device="cuda", dtype=torch.bfloat16).contiguous(memory_format=layout)
     x[:, :, -1, -1, -1] = 4
     table = torch.tensor([1.0, 2.0, 3.0], device="cuda").view(1, 3, 1).repeat(1, 1, 9)
-    y = _channelwise.affine(x, table, None, NONE, 0.0)
+    y = channelwise.affine(x, table, None, NONE, 0.0)
     assert y[0, :, -1, -1, -1].tolist() == [9.0] * 9
     assert y[0, :, -1, -1, -2].tolist() == [1.0] * 9
-    sums, _ = _channelwise.affine_sums(x, x, table, None, NONE, 0.0, False)
+    sums, _ = channelwise.affine_sums(x, x, table, None, NONE, 0.0, False)
     assert sums[0].tolist() == [[4.0] * 9, [12.0] * 9]

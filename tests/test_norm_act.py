@@ -163,7 +163,7 @@ def test_is_deterministic(norm: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["batch", "group"])
 def test_compile_and_fake_tensors(norm: str) -> None:
     leaves = [t.requires_grad_() for t in sample((2, 4, 3, 5, 6), torch.float32)]
     assert_traceable(lambda *a: norm_act(*a, norm=norm), *leaves, rtol=1e-4, atol=1e-4)

@@ -30,6 +30,7 @@ SIZES = {
         Size("batch", 32, (64, 96, 96)),
         Size("instance", 32, (64, 96, 96)),
         Size("instance", 32, (64, 96, 96), layout=CL),
+        Size("instance", 32, (64, 96, 96), BF16, CL),
     ],
     ("cuda", "quick"): [Size("batch", 4, (3, 5, 6)), Size("instance", 4, (3, 5, 6), layout=CL)],
     ("cuda", "full"): [
@@ -72,4 +73,4 @@ def _case(s: Size) -> Case:
     )
 
 
-OP = Op("norm_act", ("norm_act",), ("norm_act",), cases)
+OP = Op("norm_act", ("norm_act",), ("norm_act", "channelwise"), cases)

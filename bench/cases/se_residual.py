@@ -3,7 +3,7 @@
 Forward reads x for its mean, reads x and the residual and writes: 4 maps. Backward reads x and the incoming gradient
 for the gate's gradient, reads the gradient again and writes that of x: 4 maps, as the residual's is the incoming one.
 With a norm in front, its statistics give the mean, so that forward is 4 maps too; backward takes two passes over x and
-the gradient and writes two maps: 6.
+the gradient and writes two maps: 6. Where the activation let through is one bit per element more, not counted here.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focuskernels import norm_act, se_residual
+from focuskernels import norm_act, norm_se_residual, se_residual
 
 from .. import plain
 from ..case import (
@@ -52,7 +52,8 @@ SIZES = {
     ("cpu", "full"): [
         Size("batch", 32, (64, 96, 96)),
         Size(None, 32, (64, 96, 96)),
-        Size("instance", 32, (64, 96, 96)),
+        Size("group", 32, (64, 96, 96), layout=CL),
+        Size(None, 32, (64, 96, 96), layout=CL),
     ],
     ("cuda", "quick"): [Size(None, 8, (3, 5, 6)), Size("batch", 8, (3, 5, 6))],
     ("cuda", "full"): [
@@ -89,7 +90,10 @@ def _case(s: Size) -> Case:
         return inputs
 
     formula = plain.se_residual if s.norm is None else _after_norm(s.norm, plain.norm_act, plain.se_residual)
-    function = se_residual if s.norm is None else _after_norm(s.norm, norm_act, se_residual)
+    if s.norm is None:
+        functions = [ours(se_residual)]
+    else:
+        functions = [ours(_fused(s.norm)), ours(_after_norm(s.norm, norm_act, se_residual), "focuskernels, two ops")]
     size, elements = size_of(*shape, dtype=s.dtype), math.prod(shape)
     fwd, bwd = (Cost(4 * size, 4 * elements), Cost(4 * size, 5 * elements))
     if s.norm is not None:
@@ -101,7 +105,7 @@ def _case(s: Size) -> Case:
         cost=cost_by_mode(fwd, bwd),
         oracle=formula,
         providers=[
-            ours(function),
+            *functions,
             eager(formula),
             compiled(formula),
             Provider("MONAI ChannelSELayer", "peer", _monai(s)),
@@ -127,6 +131,23 @@ def _after_norm(norm: str, normalise: Function, add: Function) -> Function:
     ) -> Tensor:
         h = normalise(x, weight, bias, norm=norm, activation=None)
         return add(h, residual, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation="relu")
+
+    return run
+
+
+def _fused(norm: str) -> Function:
+    def run(
+        x: Tensor,
+        residual: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        layers = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        return norm_se_residual(x, residual, weight, bias, *layers, norm=norm)  # type: ignore[arg-type]
 
     return run
 
@@ -163,4 +184,5 @@ def _monai(s: Size) -> Callable[[], Function]:
     return build
 
 
-OP = Op("se_residual", ("se_residual", "norm_act"), ("se_residual", "norm_act"), cases)
+STEMS = ("se_residual", "norm_se_residual", "norm_act", "channelwise")
+OP = Op("se_residual", ("se_residual", "norm_se_residual"), STEMS, cases)
