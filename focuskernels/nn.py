@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._arguments import triple
@@ -44,6 +45,8 @@ class NormAct3d(nn.Module):
         negative_slope: of "leaky_relu".
         eps: added to the variance.
         momentum: share of the new statistics in the running ones.
+        sync: of "batch", in training under `torch.distributed`: statistics over all processes, as
+            `torch.nn.SyncBatchNorm`. May be set on a built module.
     """
 
     running_mean: Tensor | None
@@ -60,10 +63,13 @@ class NormAct3d(nn.Module):
         negative_slope: float = 0.01,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        sync: bool = False,
     ) -> None:
         super().__init__()
         _require_positive(channels=channels)
         check_names(norm, activation)
+        if sync and norm != "batch":
+            raise ValueError(f"sync is for norm='batch', got norm={norm!r}")
         self.channels = channels
         self.norm: Norm = norm
         self.num_groups = group_count(channels, num_groups) if norm == "group" else None
@@ -71,6 +77,7 @@ class NormAct3d(nn.Module):
         self.negative_slope = negative_slope
         self.eps = eps
         self.momentum = momentum
+        self.sync = sync
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         tracks = norm == "batch"
@@ -82,6 +89,7 @@ class NormAct3d(nn.Module):
         """(N, C, D, H, W) -> (N, C, D, H, W)."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        shared = self.sync and self.training and dist.is_available() and dist.is_initialized()
         return norm_act(
             x,
             self.weight,
@@ -95,6 +103,7 @@ class NormAct3d(nn.Module):
             eps=self.eps,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            process_group=dist.group.WORLD if shared else None,
         )
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import channelwise
@@ -31,6 +32,7 @@ def norm_act(
     eps: float = 1e-5,
     activation: Activation | None = "relu",
     negative_slope: float = 0.01,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Normalise `x`, scale and shift each channel, apply the activation.
 
@@ -46,6 +48,8 @@ def norm_act(
         momentum: share of the new statistics in the running ones.
         activation: "relu", "leaky_relu" or None.
         negative_slope: of "leaky_relu".
+        process_group: for "batch" in training: take the statistics over the batches of all its processes, as
+            `torch.nn.SyncBatchNorm` does. Each must take part, in forward and in backward.
 
     Returns:
         (N, C, D, H, W) in the dtype of `x`.
@@ -56,7 +60,9 @@ def norm_act(
             only to take statistics from.
     """
     check_names(norm, activation)
-    sets = check_norm(x, weight, bias, norm, num_groups, running_mean, running_var, training)
+    if process_group is not None and norm != "batch":
+        raise ValueError(f"process_group belongs to batch norm, got it with norm={norm!r}")
+    sets = check_norm(x, weight, bias, norm, num_groups, running_mean, running_var, training, process_group)
     given = norm == "batch" and not training
     y, mean, variance = _NormAct.apply(
         channelwise.dense(x),
@@ -70,7 +76,7 @@ def norm_act(
         negative_slope,
     )
     if running_mean is not None and running_var is not None and training:
-        update_running(running_mean, running_var, mean, variance, momentum, x.shape[0] * sets.voxels)
+        update_running(running_mean, running_var, mean, variance, momentum, sets.numbers(mean))
     return y
 
 
@@ -153,7 +159,7 @@ def given_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tu
 
 @torch.no_grad()
 def update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float, count: int
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float, count: int | Tensor
 ) -> None:
     """Move the running statistics (C,) towards those of a batch (N, C) of `count` values per channel, in place."""
     if mean.shape[0] == 0:
@@ -189,15 +195,30 @@ def check_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Sets:
     """What shares statistics; refuses what does not fit."""
     check_names(norm, None)
     _check_tensors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _check_running(norm, running_mean, running_var, training)
     groups = group_count(x.shape[1], num_groups if norm == "group" else None)
-    if norm != "batch" or training:
-        _check_count(x, norm, groups)
-    return Sets(norm, groups, x.shape[2:].numel())
+    if process_group is not None and training:
+        return _across_processes(x, groups, process_group)
+    sets = Sets(norm, groups, x.shape[2:].numel())
+    if (norm != "batch" or training) and x.shape[0] and sets.numbers(x.movedim(1, -1)) == 1:
+        raise ValueError(f"norm={norm!r} has one value only to take statistics from: x is {tuple(x.shape)}")
+    return sets
+
+
+def _across_processes(x: Tensor, groups: int, process_group: "dist.ProcessGroup") -> Sets:
+    def reduce(total: Tensor) -> Tensor:
+        total = total.contiguous()
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    voxels = x.shape[2:].numel()
+    local = torch.tensor(x.shape[0] * voxels, dtype=torch.float64, device=x.device)
+    return Sets("batch", groups, voxels, reduce(local).clamp_(min=1), reduce)
 
 
 def _check_tensors(x: Tensor, **per_channel: Tensor | None) -> None:
@@ -222,10 +243,3 @@ def _check_running(norm: str, running_mean: Tensor | None, running_var: Tensor |
         raise ValueError(f"running statistics belong to batch norm, got them with norm={norm!r}")
     if norm == "batch" and not training and running_mean is None:
         raise ValueError("batch norm without training needs running_mean and running_var")
-
-
-def _check_count(x: Tensor, norm: str, groups: int) -> None:
-    per_channel = x.shape[2] * x.shape[3] * x.shape[4]
-    count = {"batch": x.shape[0] * per_channel, "instance": per_channel, "group": x.shape[1] // groups * per_channel}
-    if count[norm] == 1:
-        raise ValueError(f"norm={norm!r} has one value only to take statistics from: x is {tuple(x.shape)}")

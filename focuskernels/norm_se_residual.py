@@ -86,7 +86,7 @@ def norm_se_residual(
             channelwise.ACTIVATIONS[activation],
         )
     if running_mean is not None and running_var is not None and training:
-        update_running(running_mean, running_var, mean, variance, momentum, x.shape[0] * sets.voxels)
+        update_running(running_mean, running_var, mean, variance, momentum, sets.numbers(mean))
     return y
 
 

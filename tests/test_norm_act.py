@@ -1,12 +1,15 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from compare import assert_layouts_agree, assert_traceable
 from torch import Tensor, nn
 
 from focuskernels import norm_act
+from focuskernels.nn import NormAct3d
 
 NORMS = ["batch", "instance", "group"]
 
@@ -194,3 +197,44 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=match):
             norm_act(*arguments, **keywords)  # type: ignore[arg-type]
+
+
+def synchronised(rank: int, store: str, folder: str) -> None:
+    """One of two processes; compares its part with batch norm over both parts."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    whole, weight, bias = sample((3, 4, 3, 5, 4))
+    upstream = torch.randn_like(whole)
+    mine = slice(0, 1) if rank == 0 else slice(1, 3)
+    module = NormAct3d(4, sync=True).double()
+    plain = nn.BatchNorm3d(4).double()
+    for m in (module, plain):
+        m.load_state_dict({**m.state_dict(), "weight": weight, "bias": bias})
+    x, part = whole.clone().requires_grad_(), whole[mine].clone().requires_grad_()
+    expected, actual = plain(x).relu(), module(part)
+    torch.testing.assert_close(actual, expected[mine])
+    torch.testing.assert_close(module.state_dict(), plain.state_dict())
+    expected.backward(upstream)
+    actual.backward(upstream[mine])
+    torch.testing.assert_close(part.grad, x.grad[mine])
+    for ours, theirs in ((module.weight, plain.weight), (module.bias, plain.bias)):
+        dist.all_reduce(ours.grad)
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(module.eval()(part), plain.eval()(part).relu())
+    Path(folder, str(rank)).touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_statistics_over_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(synchronised, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}
+
+
+def test_process_group_is_for_batch_norm() -> None:
+    with pytest.raises(ValueError, match="belongs to batch norm, got it with norm='group'"):
+        norm_act(*sample(), norm="group", process_group=object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sync is for norm='batch'"):
+        NormAct3d(4, "instance", sync=True)

@@ -4,6 +4,7 @@ A set is what shares a mean and a variance: a channel ("batch"), a channel of a 
 channels of a sample ("group"). All tensors are (N, C) unless said otherwise, equal within a set.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,30 +17,35 @@ class Sets(NamedTuple):
     norm: str
     groups: int  #: of "group"
     voxels: int  #: of one channel of one sample
+    total: Tensor | None = None  #: numbers in one set over all processes; a scalar, at least 1
+    reduce: Callable[[Tensor], Tensor] | None = None  #: adds up what the processes hold, of "batch"
 
-    def channels(self, like: Tensor) -> int:
-        """How many (n, c) of `like` (N, C) are in one set."""
-        return {"batch": like.shape[0], "instance": 1, "group": like.shape[1] // self.groups}[self.norm]
+    def numbers(self, like: Tensor) -> int | Tensor:
+        """How many numbers of a map share statistics, for `like` (N, ..., C)."""
+        if self.total is not None:
+            return self.total
+        members = {"batch": like.shape[0], "instance": 1, "group": like.shape[-1] // self.groups}
+        return max(1, members[self.norm] * self.voxels)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over each set, at every member's place."""
+        """Sum of (N, ..., C) over each set, at every member's place."""
         if self.norm == "instance":
             return values
         if self.norm == "batch":
-            return values.sum(dim=0, keepdim=True).expand_as(values)
-        grouped = values.unflatten(1, (self.groups, -1))
-        return grouped.sum(dim=2, keepdim=True).expand_as(grouped).flatten(1)
+            total = values.sum(dim=0, keepdim=True)
+            return (total if self.reduce is None else self.reduce(total)).expand_as(values)
+        grouped = values.unflatten(-1, (self.groups, -1))
+        return grouped.sum(dim=-1, keepdim=True).expand_as(grouped).flatten(-2)
 
 
 def statistics(moments: Tensor, sets: Sets) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the sets from the moments (N, 2, C) of their members (Chan et al. 1983)."""
     mean, squares = moments.unbind(dim=1)
-    members = sets.channels(mean)
+    count = sets.numbers(mean)
     if sets.norm == "instance":
-        return mean, squares / sets.voxels
-    common = sets.sum(mean) / members
-    spread = squares + sets.voxels * (mean - common).square()
-    return common, sets.sum(spread) / (members * sets.voxels)
+        return mean, squares / count
+    common = sets.sum(mean * (sets.voxels / count))
+    return common, sets.sum(squares + sets.voxels * (mean - common).square()) / count
 
 
 def table(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -74,6 +80,5 @@ def rows_of(total: Tensor, moment: Tensor, scale: Tensor, rstd: Tensor, sets: Se
 
     `total` and `moment` are the sums of scale d and scale d (x - mean).
     """
-    count = max(1, sets.channels(scale) * sets.voxels)
-    along = -rstd.square() * sets.sum(moment) / count
-    return torch.stack([scale, along, -sets.sum(total) / count], dim=1)
+    mean, along = (sets.sum(torch.stack([total, moment], dim=1)) / -sets.numbers(scale)).unbind(dim=1)
+    return torch.stack([scale, along * rstd.square(), mean], dim=1)
