@@ -156,6 +156,10 @@ struct Period {
   INLINE void fill(int first, const Strip& s, const void* table) {
     for (int r = 0; r < kRows; ++r) {
       const Real* from = static_cast<const Real*>(table) + r * s.stride;
+      if (channels == 1) {
+        for (int64_t i = 0; i < length; ++i) row(first + r)[i] = *from;
+        continue;
+      }
       for (int64_t i = 0; i < length; i += channels) std::memcpy(row(first + r) + i, from, channels * sizeof(Real));
     }
   }
