@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._arguments import triple
+from .dense_aspp3d import dense_aspp3d
 from .dilated_conv3d import dilated_conv3d
 from .focal_dice import Mode, check_options, focal_dice_loss
 from .norm_act import Activation, Norm, check_names, group_count, norm_act, recomputing
@@ -217,7 +218,9 @@ class DenseASPP3d(nn.Module):
     """Densely connected atrous spatial pyramid (Yang et al., CVPR 2018; FocusNet, section 2.1).
 
     Branch i reads the input and the outputs of all branches before it: norm-ReLU-1x1x1(bottleneck),
-    norm-ReLU-dilated 3x3x3(growth). The result concatenates the input and all branches.
+    norm-ReLU-dilated 3x3x3(growth). The result concatenates the input and all branches, which write into it: nothing is
+    concatenated. Saves for backward the result, the bottlenecks' outputs and a few numbers per sample and channel; what
+    the norms put out is computed again. Hooks of the layers inside are not called.
 
     Args:
         in_channels: channels of the input.
@@ -250,10 +253,8 @@ class DenseASPP3d(nn.Module):
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, D, H, W) -> (N, out_channels, D, H, W)."""
-        for branch in self.branches:
-            x = torch.cat([x, branch(x)], dim=1)
-        return x
+        """(N, in_channels, D, H, W) -> (N, out_channels, D, H, W), in the dtype and the layout of `x`."""
+        return dense_aspp3d(x, [list(branch.children()) for branch in self.branches])
 
     def extra_repr(self) -> str:
         """The numbers of channels."""

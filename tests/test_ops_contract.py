@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import focuskernels as fk
 from focuskernels.info import operations
+from focuskernels.nn import DenseASPP3d
 
 
 def roi_gather(x: Tensor) -> Tensor:
@@ -49,6 +50,8 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
         x, x, torch.ones(1, 4), torch.zeros(1), torch.ones(4, 1), torch.zeros(4), activation="relu"
     ),
 }
+# Ops that only a module calls.
+MODULES: list[Callable[[Tensor], Any]] = [DenseASPP3d(4, 3, 5, [(1, 2, 2), 3], norm="instance")]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "channels_last_3d": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
@@ -76,7 +79,7 @@ def sample(layout: str = "contiguous") -> Tensor:
 
 def recorded(layout: str) -> list[tuple[Any, tuple[Any, ...]]]:
     with Recorder() as recorder:
-        for call in CALLS.values():
+        for call in [*CALLS.values(), *MODULES]:
             leaf = sample(layout)
             for out in tensors_in(call(leaf)):
                 if out.requires_grad:
