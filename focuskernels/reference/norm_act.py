@@ -27,9 +27,14 @@ class Sets(NamedTuple):
         members = {"batch": like.shape[0], "instance": 1, "group": like.shape[-1] // self.groups}
         return max(1, members[self.norm] * self.voxels)
 
+    def single(self, like: Tensor) -> bool:
+        """Whether every (n, c) of `like` (N, ..., C) is a set of its own."""
+        alone = {"batch": like.shape[0] == 1 and self.reduce is None, "group": self.groups == like.shape[-1]}
+        return alone.get(self.norm, True)
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum of (N, ..., C) over each set, at every member's place."""
-        if self.norm == "instance":
+        if self.single(values):
             return values
         if self.norm == "batch":
             total = values.sum(dim=0, keepdim=True)
@@ -42,7 +47,7 @@ def statistics(moments: Tensor, sets: Sets) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the sets from the moments (N, 2, C) of their members (Chan et al. 1983)."""
     mean, squares = moments.unbind(dim=1)
     count = sets.numbers(mean)
-    if sets.norm == "instance":
+    if sets.single(mean):
         return mean, squares / count
     common = sets.sum(mean * (sets.voxels / count))
     return common, sets.sum(squares + sets.voxels * (mean - common).square()) / count
