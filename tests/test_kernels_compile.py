@@ -20,10 +20,9 @@ capability, dtype, channels, channels_last = int(sys.argv[1]), sys.argv[2], int(
 block_c, block_v = kernels.tile(channels, channels_last)
 types = {name: "*" + dtype for name in ("x", "grad", "residual", "output", "out", "kept")}
 types |= {"table": "*fp32", "weights": "*fp32", "found": "*fp32", "channels": "i32", "voxels": "i64", "slope": "fp32"}
-types |= {"stride_c": "i64", "stride_v": "i64"}
 constants = dict(ACTIVATION=2, RESIDUAL=True, OUTPUT=True, KEEP=True, TILES=kernels.TILES_PER_PROGRAM)
-constants |= dict(BLOCK_C=block_c, BLOCK_V=block_v) | ({"stride_c": 1} if channels_last else {"stride_v": 1})
-sixteen = ("channels", "voxels", "stride_c", "stride_v")
+constants |= dict(BLOCK_C=block_c, BLOCK_V=block_v, CHANNELS_LAST=channels_last)
+sixteen = ("channels", "voxels")
 tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 for kernel in (kernels.moments_kernel, kernels.affine_kernel, kernels.sums_kernel, kernels.backward_kernel):
     fixed = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -33,6 +32,7 @@ for kernel in (kernels.moments_kernel, kernels.affine_kernel, kernels.sums_kerne
     source = ASTSource(kernel, signature, fixed, attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": kernels.WARPS})
+    print("WIDE" if "ld.global.v4" in compiled.asm["ptx"] else "NARROW")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -56,6 +56,7 @@ def test_channelwise(capability: int, dtype: str, channels: int, channels_last: 
     assert result.returncode == 0, result.stderr
     usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", result.stdout)
     assert len(usage) == 4, result.stdout
+    assert result.stdout.count("WIDE") == 4, result.stdout  # 16 bytes at a time
     for registers, stack, shared, local in usage:
         assert int(stack) == int(local) == 0, result.stdout
         # Half of a multiprocessor's threads or more at a time.

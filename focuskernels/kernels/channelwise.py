@@ -22,10 +22,14 @@ WARPS = 8
 
 
 @triton.jit
-def _offsets(n, c, v, channels, voxels, stride_c, stride_v):
+def _offsets(n, c, v, channels, voxels, CHANNELS_LAST: tl.constexpr):
     """Of a tile, 64 bits, and which of its elements exist."""
-    base = n * channels * voxels
-    offset = base + c.to(tl.int64)[:, None] * stride_c + v[None, :] * stride_v
+    # Not by strides: their types are given, and then Triton does not know one that is 1, and loads element by element.
+    if CHANNELS_LAST:
+        place = c[:, None] + v[None, :] * channels
+    else:
+        place = c.to(tl.int64)[:, None] * voxels + v[None, :]
+    offset = n * channels * voxels + place
     return offset, (c < channels)[:, None] & (v < voxels)[None, :]
 
 
@@ -50,8 +54,7 @@ def moments_kernel(
     found,
     channels,
     voxels: tl.int64,
-    stride_c: tl.int64,
-    stride_v: tl.int64,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     TILES: tl.constexpr,
@@ -62,7 +65,7 @@ def moments_kernel(
     begin = program * TILES * BLOCK_V
     # Differences from the mean of the first tile, so that large means cancel little.
     v = begin + tl.arange(0, BLOCK_V)
-    offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+    offset, inside = _offsets(n, c, v, channels, voxels, CHANNELS_LAST)
     first = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     shift = tl.sum(first, axis=1) / tl.minimum(voxels - begin, BLOCK_V).to(tl.float32)
     difference = tl.where(inside, first - shift[:, None], 0.0)
@@ -70,7 +73,7 @@ def moments_kernel(
     squares = difference * difference
     for tile in range(1, TILES):
         v = begin + tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+        offset, inside = _offsets(n, c, v, channels, voxels, CHANNELS_LAST)
         difference = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - shift[:, None]
         difference = tl.where(inside, difference, 0.0)
         total += difference
@@ -91,18 +94,17 @@ def affine_kernel(
     out,
     channels,
     voxels: tl.int64,
-    stride_c: tl.int64,
-    stride_v: tl.int64,
     slope: tl.float32,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64)
     v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+    offset, inside = _offsets(n, c, v, channels, voxels, CHANNELS_LAST)
     y = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - _row(table, n, 0, c, channels)
     y = y * _row(table, n, 1, c, channels) + _row(table, n, 2, c, channels)
     if RESIDUAL:
@@ -122,12 +124,11 @@ def sums_kernel(
     found,
     channels,
     voxels: tl.int64,
-    stride_c: tl.int64,
-    stride_v: tl.int64,
     slope: tl.float32,
     ACTIVATION: tl.constexpr,
     OUTPUT: tl.constexpr,
     KEEP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     TILES: tl.constexpr,
@@ -142,7 +143,7 @@ def sums_kernel(
     moment = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
     for tile in range(TILES):
         v = (program * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
-        offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+        offset, inside = _offsets(n, c, v, channels, voxels, CHANNELS_LAST)
         difference = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - center
         d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
         if ACTIVATION != NONE:
@@ -169,17 +170,16 @@ def backward_kernel(
     out,
     channels,
     voxels: tl.int64,
-    stride_c: tl.int64,
-    stride_v: tl.int64,
     slope: tl.float32,
     ACTIVATION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64)
     v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    offset, inside = _offsets(n, c, v, channels, voxels, stride_c, stride_v)
+    offset, inside = _offsets(n, c, v, channels, voxels, CHANNELS_LAST)
     difference = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - _row(table, n, 0, c, channels)
     d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION != NONE:
@@ -205,7 +205,14 @@ def moments(x: Tensor) -> Tensor:
     if x.numel():
         with _on(x):
             moments_kernel[(programs, triton.cdiv(channels, block_c), batch)](
-                x, found, *_sizes(x), BLOCK_C=block_c, BLOCK_V=block_v, TILES=TILES_PER_PROGRAM, num_warps=WARPS
+                x,
+                found,
+                *_sizes(x),
+                CHANNELS_LAST=_channels_last(x),
+                BLOCK_C=block_c,
+                BLOCK_V=block_v,
+                TILES=TILES_PER_PROGRAM,
+                num_warps=WARPS,
             )
     return _merged(found, voxels, block_v * TILES_PER_PROGRAM)
 
@@ -225,6 +232,7 @@ def affine(x: Tensor, table: Tensor, residual: Tensor | None, activation: int, s
                 slope,
                 ACTIVATION=activation,
                 RESIDUAL=residual is not None,
+                CHANNELS_LAST=_channels_last(x),
                 BLOCK_C=block_c,
                 BLOCK_V=block_v,
                 num_warps=WARPS,
@@ -255,6 +263,7 @@ def affine_sums(
                 ACTIVATION=activation,
                 OUTPUT=out is not None,
                 KEEP=keep,
+                CHANNELS_LAST=_channels_last(x),
                 BLOCK_C=block_c,
                 BLOCK_V=block_v,
                 TILES=TILES_PER_PROGRAM,
@@ -278,6 +287,7 @@ def affine_backward(grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, act
                 *_sizes(x),
                 slope,
                 ACTIVATION=activation,
+                CHANNELS_LAST=_channels_last(x),
                 BLOCK_C=block_c,
                 BLOCK_V=block_v,
                 num_warps=WARPS,
@@ -299,10 +309,8 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous()
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """channels, voxels and the strides of both."""
-    channels, voxels = x.shape[1], x.shape[2:].numel()
-    return (channels, voxels, 1, channels) if _channels_last(x) else (channels, voxels, voxels, 1)
+def _sizes(x: Tensor) -> tuple[int, int]:
+    return x.shape[1], x.shape[2:].numel()
 
 
 def _grid(x: Tensor, block_c: int, block_v: int) -> tuple[int, int, int]:
