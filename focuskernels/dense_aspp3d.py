@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import channelwise
@@ -41,6 +42,7 @@ class Norms(NamedTuple):
     groups: Sequence[int]
     eps: Sequence[float]
     given: Sequence[Tensor]  #: mean and variance (C,) of every norm, one after the other; none to take those of the map
+    total: Tensor | None  #: numbers per channel in all processes, where statistics are taken over them
 
 
 class Normed(NamedTuple):
@@ -194,7 +196,14 @@ def _normed(norms: Norms, index: int, moments: Tensor | None, like: Tensor, weig
 
 
 def _sets(norms: Norms, index: int, like: Tensor) -> Sets:
-    return Sets(norms.norm, norms.groups[index], like.shape[2:].numel())
+    reduce = None if norms.total is None else _over_processes
+    return Sets(norms.norm, norms.groups[index], like.shape[2:].numel(), norms.total, reduce)
+
+
+def _over_processes(total: Tensor) -> Tensor:
+    total = total.contiguous()
+    dist.all_reduce(total)
+    return total
 
 
 def branches_of(parameters: Sequence[Tensor]) -> list[Branch]:
@@ -219,34 +228,35 @@ def dense_aspp3d(x: Tensor, branches: Sequence[Sequence[Any]]) -> Tensor:
     """
     norms = [layer for branch in branches for layer in (branch[0], branch[2])]
     convs = [layer for branch in branches for layer in (branch[1], branch[3])]
-    _check(x, norms[0], convs)
+    sets = _check(x, norms[0], convs)
     # Autocast changes the weights alone: norms, and so the buffer, stay in the dtype of x.
     weights: list[Any] = [cast_for_autocast(conv.weight)[0] for conv in convs]
     if any(weight.dtype != x.dtype for weight in weights) and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x is {x.dtype}, the weights are {weights[0].dtype}")
-    parameters = [t for i in range(len(norms)) for t in (norms[i].weight, norms[i].bias, weights[i])]
-    given = [
-        t for norm in norms if norm.norm == "batch" and not norm.training for t in (norm.running_mean, norm.running_var)
-    ]
-    how = Norms(norms[0].norm, [norm.num_groups or 1 for norm in norms], [norm.eps for norm in norms], given)
+    parameters = [t for norm, weight in zip(norms, weights) for t in (norm.weight, norm.bias, weight)]
+    takes = norms[0].norm != "batch" or norms[0].training
+    given = [] if takes else [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+    groups, eps = [norm.num_groups or 1 for norm in norms], [norm.eps for norm in norms]
     dilations = [step for branch in branches for step in branch[3].dilation]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    how = Norms(norms[0].norm, groups, eps, given, sets.total)
     y, *statistics = DenseASPP.apply(channelwise.dense(x), dilations, how, keep, *parameters)
-    if how.norm == "batch" and not given:
+    if norms[0].norm == "batch" and takes:
         for norm, table, variance in zip(norms, statistics, statistics[len(norms) :]):
             norm.num_batches_tracked.add_(1)
-            values = x.shape[0] * x.shape[2:].numel()
-            update_running(norm.running_mean, norm.running_var, table[:, 0], variance, norm.momentum, values)
+            mean = table[:, 0]
+            update_running(norm.running_mean, norm.running_var, mean, variance, norm.momentum, sets.numbers(mean))
     return y
 
 
-def _check(x: Tensor, norm: Any, convs: Sequence[Any]) -> None:
-    check_norm(
-        x, norm.weight, norm.bias, norm.norm, norm.num_groups, norm.running_mean, norm.running_var, norm.training
-    )
+def _check(x: Tensor, norm: Any, convs: Sequence[Any]) -> Sets:
     for conv in convs:
         if conv.weight.device != x.device:
             raise TypeError(f"x is on {x.device}, a weight on {conv.weight.device}")
+    shared = norm.sync and norm.training and dist.is_available() and dist.is_initialized()
+    running = (norm.running_mean, norm.running_var)
+    group = dist.group.WORLD if shared else None
+    return check_norm(x, norm.weight, norm.bias, norm.norm, norm.num_groups, *running, norm.training, group)
 
 
 class DenseASPP(torch.autograd.Function):
@@ -258,7 +268,7 @@ class DenseASPP(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         buffer, reduced, tables, variances = _forward(x, parameters, dilations, *norms, keep)
         if keep:
-            ctx.save_for_backward(buffer, *reduced, *tables, *variances, *parameters, *norms.given)
+            ctx.save_for_backward(norms.total, buffer, *reduced, *tables, *variances, *parameters, *norms.given)
         ctx.count = len(reduced)
         ctx.dilations = dilations
         ctx.norms = norms[:3]
@@ -268,12 +278,12 @@ class DenseASPP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("nn.DenseASPP3d")
-        buffer, *saved = ctx.saved_tensors
+        total, buffer, *saved = ctx.saved_tensors
         parts = []
         for size in (1, 2, 2, len(Branch._fields)):
             parts.append(saved[: size * ctx.count])
             saved = saved[size * ctx.count :]
-        grad, gradients = _backward(grads[0], buffer, *parts, ctx.dilations, *ctx.norms, saved)
+        grad, gradients = _backward(grads[0], buffer, *parts, ctx.dilations, *ctx.norms, saved, total)
         return grad, None, None, None, *gradients
 
 
@@ -300,7 +310,7 @@ def _by(passes: Passes) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _fake_forward(
     x: Tensor, parameters: Sequence[Tensor], dilations: Sequence[int], norm: str,
-    groups: Sequence[int], eps: Sequence[float], given: Sequence[Tensor], keep: bool,
+    groups: Sequence[int], eps: Sequence[float], given: Sequence[Tensor], total: Tensor | None, keep: bool,
 ) -> Any:  # fmt: skip
     branches = branches_of(parameters)
     buffer = _empty(x, x.shape[1] + sum(len(branch.conv) for branch in branches), x.dtype)
@@ -323,7 +333,7 @@ def _fake_backward(grad: Tensor, buffer: Tensor, *args: Any) -> Any:
 
 _reference_forward, _reference_backward = _by(Passes())
 
-_OPTIONS = "SymInt[] dilations, str norm, SymInt[] groups, float[] eps, Tensor[] given"
+_OPTIONS = "SymInt[] dilations, str norm, SymInt[] groups, float[] eps, Tensor[] given, Tensor? total"
 
 _forward = define(
     f"dense_aspp3d_fwd(Tensor x, Tensor[] parameters, {_OPTIONS}, bool keep)"

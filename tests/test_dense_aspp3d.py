@@ -1,15 +1,17 @@
 """DenseASPP3d against the chain of its layers: values, gradients, state, what is kept, what is traced."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from compare import assert_traceable, gradients
 from torch import Tensor
 
 from focuskernels._lib import layout_of
-from focuskernels.nn import DenseASPP3d
+from focuskernels.nn import DenseASPP3d, NormAct3d
 
 DILATIONS = ((1, 2, 3), (2, 1, 40), 3)
 
@@ -128,3 +130,33 @@ def test_bad_input() -> None:
 def test_compiles_as_one_graph(training: bool) -> None:
     module = DenseASPP3d(4, 4, 4, DILATIONS, norm="instance").train(training)
     assert_traceable(module, torch.randn(2, 4, 2, 3, 4, requires_grad=True), rtol=1e-4, atol=1e-4)
+
+
+def synchronised(rank: int, store: str, folder: str) -> None:
+    """One of two processes; compares its part with the chain over both parts."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    module, chain = (m.double() for m in pair(4))
+    for layer in module.modules():
+        if isinstance(layer, NormAct3d):
+            layer.sync = True
+    whole = torch.randn(3, 4, 2, 3, 4, dtype=torch.float64)
+    mine = slice(0, 1) if rank == 0 else slice(1, 3)
+    x, part = whole.clone().requires_grad_(), whole[mine].clone().requires_grad_()
+    expected, actual = chain(x), module(part)
+    torch.testing.assert_close(actual, expected[mine])
+    torch.testing.assert_close(module.state_dict(), chain.state_dict())
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    actual.backward(upstream[mine])
+    torch.testing.assert_close(part.grad, x.grad[mine])
+    Path(folder, str(rank)).touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_statistics_over_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(synchronised, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}
