@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focuskernels import heatmap_argmax_3d, roi_gather_3d
-from focuskernels.nn import DenseASPP3d, SEResBlock3d
+from focuskernels.nn import DenseASPP3d, NormAct3d, SEResBlock3d
 
 from .config import ModelConfig, Triple
 
@@ -102,14 +102,16 @@ class SOLNet(nn.Module):
     def __init__(self, config: ModelConfig, channels: int, organs: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(_block(config, channels, channels), _block(config, channels, channels))
+        # the blocks end in a sum of any scale, which would saturate the sigmoid at once
+        self.norm = NormAct3d(channels, config.norm)
         self.head = nn.Conv3d(channels, organs, 1)
         assert self.head.bias is not None
-        # peaks are rare: starting at probability 0.1 keeps the background from dominating the first steps
-        nn.init.constant_(self.head.bias, -2.19)
+        # peaks are rare: at this start the background's squared error is no larger than theirs
+        nn.init.constant_(self.head.bias, -4.0)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, F, D, H, W) -> heat maps (N, organs, D, H, W) between 0 and 1."""
-        return self.head(self.blocks(features)).sigmoid()
+        return self.head(self.norm(self.blocks(features))).sigmoid()
 
 
 class SOSBranch(nn.Module):
