@@ -190,10 +190,12 @@ class PredictConfig:
     Attributes:
         overlap: Share by which neighbouring windows overlap along each axis.
         min_peak: A small organ whose heat map stays below this keeps S-Net's own segmentation.
+        largest_component: Keep the largest connected part alone of every organ that S-Net segments.
     """
 
     overlap: float = 0.5
     min_peak: float = 0.2
+    largest_component: bool = True
 
 
 @dataclass

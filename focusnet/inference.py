@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +43,7 @@ def segment(
     window: Triple,
     overlap: float,
     min_peak: float,
+    largest_component: bool = False,
     parts: tuple[str, ...] = ("snet", "sol", "sos"),
 ) -> Segmentation:
     """Segment one volume.
@@ -53,6 +55,7 @@ def segment(
         window: Size of the windows in voxels; they shrink to volumes that are smaller.
         overlap: Share by which neighbouring windows overlap, in [0, 1).
         min_peak: A small organ whose heat map stays below this keeps S-Net's segmentation.
+        largest_component: Keep the largest connected part alone of every organ that S-Net segments.
         parts: The trained parts; without "sos" the label map is S-Net's.
     """
     volume, size = _pad_to_stride(image, window, network.snet.strides)
@@ -66,6 +69,8 @@ def segment(
     probability = _crop(probability, shape)
     best, labels = probability.max(dim=0)
     labels = labels.to(torch.uint8)
+    if largest_component:
+        labels = _largest_components(labels)
     if found:
         labels, best = _add_small_organs(windows, labels, best, peaks.index[0], found, small_labels)
     confidence = torch.stack([best[labels == value].mean() for value in range(len(probability))])
@@ -105,6 +110,21 @@ class Windows:
                 into[:, z, y, x].addcmul_(value, weight)
             total[window] += weight
         return sums[0].div_(total), sums[1].div_(total)
+
+
+def _largest_components(labels: Tensor) -> Tensor:
+    """Every label's largest part whose voxels touch by faces, edges or corners; the other parts become background."""
+    from scipy import ndimage
+
+    array = labels.cpu().numpy()
+    kept = np.zeros_like(array)
+    for value, box in enumerate(ndimage.find_objects(array), start=1):
+        if box is None:
+            continue
+        parts, _ = ndimage.label(array[box] == value, structure=np.ones((3, 3, 3)))
+        largest = np.bincount(parts.ravel())[1:].argmax() + 1
+        kept[box][parts == largest] = value
+    return torch.from_numpy(kept).to(labels.device)
 
 
 def _add_small_organs(

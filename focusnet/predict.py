@@ -44,6 +44,7 @@ def predict_volume(model: Model, image: Volume, device: torch.device) -> tuple[n
         window=model.config.train.crop,
         overlap=model.config.predict.overlap,
         min_peak=model.config.predict.min_peak,
+        largest_component=model.config.predict.largest_component,
         parts=model.parts,
     )
     return restore_labels(result.labels.cpu().numpy(), prepared.grid, image.grid), result, prepared

@@ -54,6 +54,7 @@ def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.d
             window=model.config.train.crop,
             overlap=model.config.predict.overlap,
             min_peak=model.config.predict.min_peak,
+            largest_component=model.config.predict.largest_component,
             parts=model.parts,
         )
         scores += _score(model, case, np.asarray(labels), result)

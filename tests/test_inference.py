@@ -89,3 +89,15 @@ def test_starts_reach_both_ends() -> None:
     assert {z for z, _, _ in starts} == {0, 4, 8, 12}
     assert {y for _, y, _ in starts} == {0}
     assert min(x for *_, x in starts) == 0 and max(x for *_, x in starts) == 17
+
+
+def test_only_the_largest_part_of_an_organ_stays() -> None:
+    image = torch.zeros(8, 16, 16)
+    image[1:4, 2:6, 2:6] = 1.0
+    image[6, 12:14, 12:14] = 1.0
+    settings = {"window": (8, 16, 16), "overlap": 0.5, "min_peak": 0.2, "parts": ("snet",)}
+    both = segment(StandIn(), image, [2], **settings).labels
+    one = segment(StandIn(), image, [2], largest_component=True, **settings).labels
+    assert both[6, 12, 12] == 1
+    assert one[6, 12, 12] == 0
+    assert torch.equal(one[:5], both[:5])
