@@ -6,6 +6,7 @@ h, and the norms' tables and variances; what the norms put out is computed again
 buffer are taken once, when it is written, for all the branches that read it.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import channelwise
 from ._arguments import cast_for_autocast
-from ._lib import define, forbid_double_backward, layout_of
+from ._lib import Kernel, define, forbid_double_backward, layout_of, triton_missing
 from .dilated_conv3d import forward_op, grad_input_op, grad_weight_op
 from .norm_act import check_norm, update_running
 from .reference.channelwise import RELU, table_dtype
@@ -59,10 +60,10 @@ RowsOf = Callable[[Tensor], Tensor]
 class Passes:
     """The passes over the maps; `buffer` is a whole one, of which the first `channels` count."""
 
-    def reduce(self, buffer: Tensor, channels: int, table: Tensor, weight: Tensor) -> Tensor:
-        """The bottleneck h."""
+    def reduce(self, buffer: Tensor, channels: int, table: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The bottleneck h, and its moments where they come for free."""
         y = channelwise.affine(_first(buffer, channels), table, None, RELU, 0.0).to(weight.dtype)
-        return forward_op(y, weight, None, POINT).contiguous(memory_format=layout_of(buffer))
+        return forward_op(y, weight, None, POINT).contiguous(memory_format=layout_of(buffer)), None
 
     def reduce_backward(
         self, grad: Tensor, buffer: Tensor, channels: int, table: Tensor, weight: Tensor, rows_of: RowsOf, into: Tensor
@@ -81,21 +82,28 @@ class Passes:
         self, h: Tensor, table: Tensor, weight: Tensor, dilation: Sequence[int], buffer: Tensor, channels: int
     ) -> Tensor:
         """Write the growth behind the first `channels` and return its moments."""
-        y = forward_op(channelwise.affine(h, table, None, RELU, 0.0), weight, None, dilation)
-        y = y.to(buffer.dtype, memory_format=layout_of(buffer))
-        buffer[:, channels : channels + len(weight)] = y
-        return channelwise.moments(y)
+        y = channelwise.affine(h, table, None, RELU, 0.0)
+        return self._grow_by_vendor(y, weight, dilation, buffer[:, channels : channels + len(weight)])
 
     def grow_backward(
         self, grad: Tensor, h: Tensor, table: Tensor, weight: Tensor, dilation: Sequence[int], rows_of: RowsOf
     ) -> tuple[Tensor, Tensor]:
         """From the gradient of the growth, some channels of a map, those of h and of the weight."""
-        grad = grad.to(h.dtype, memory_format=layout_of(h))
+        grad = self._growth_gradient(grad, h, weight)
         y = channelwise.affine(h, table, None, RELU, 0.0)
         grad_weight = grad_weight_op(grad, y, weight, dilation, False)[0]
         d = grad_input_op(grad, weight, dilation).contiguous(memory_format=layout_of(h))
         rows = rows_of(channelwise.affine_sums(d, h, table, None, RELU, 0.0, False)[0])
         return channelwise.affine_backward(d, h, table, rows, RELU, 0.0), grad_weight
+
+    def _grow_by_vendor(self, y: Tensor, weight: Tensor, dilation: Sequence[int], out: Tensor) -> Tensor:
+        growth = forward_op(y, weight, None, dilation).to(out.dtype, memory_format=layout_of(y))
+        out.copy_(growth)
+        return channelwise.moments(growth)
+
+    def _growth_gradient(self, grad: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        """Dense, once for the two products that read it."""
+        return grad.to(h.dtype, memory_format=layout_of(h))
 
 
 def _first(buffer: Tensor, channels: int) -> Tensor:
@@ -121,8 +129,11 @@ def forward(
     for i, branch in enumerate(branches):
         known = torch.cat(moments, dim=2) if moments else None
         first = _normed(norms, 2 * i, known, x, branch.norm1_weight, branch.norm1_bias)
-        h = passes.reduce(buffer, channels, first.table, branch.reduce)
-        known = None if norms.given else channelwise.moments(h)
+        h, known = passes.reduce(buffer, channels, first.table, branch.reduce)
+        if norms.given:
+            known = None
+        elif known is None:
+            known = channelwise.moments(h)
         second = _normed(norms, 2 * i + 1, known, h, branch.norm2_weight, branch.norm2_bias)
         found = passes.grow(h, second.table, branch.conv, dilations[3 * i : 3 * i + 3], buffer, channels)
         if moments:
@@ -287,11 +298,15 @@ class DenseASPP(torch.autograd.Function):
         return grad, None, None, None, *gradients
 
 
-def _by(passes: Passes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _triton_passes() -> Passes:
+    return importlib.import_module("focuskernels.kernels.dense_aspp3d").Passes()
+
+
+def _by(passes: Callable[[], Passes]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The bodies of both ops."""
 
     def run_forward(x: Tensor, parameters: Any, dilations: Any, *args: Any) -> Any:
-        return forward(passes, x, parameters, dilations, Norms(*args[:-1]), args[-1])
+        return forward(passes(), x, parameters, dilations, Norms(*args[:-1]), args[-1])
 
     def run_backward(
         grad: Tensor,
@@ -303,7 +318,7 @@ def _by(passes: Passes) -> tuple[Callable[..., Any], Callable[..., Any]]:
         dilations: Any,
         *args: Any,
     ) -> Any:
-        return backward(passes, grad, buffer, reduced, tables, variances, parameters, dilations, Norms(*args))
+        return backward(passes(), grad, buffer, reduced, tables, variances, parameters, dilations, Norms(*args))
 
     return run_forward, run_backward
 
@@ -331,7 +346,8 @@ def _fake_backward(grad: Tensor, buffer: Tensor, *args: Any) -> Any:
     return _empty(buffer, channels, grad.dtype), gradients
 
 
-_reference_forward, _reference_backward = _by(Passes())
+_reference_forward, _reference_backward = _by(Passes)
+_triton_forward, _triton_backward = _by(_triton_passes)
 
 _OPTIONS = "SymInt[] dilations, str norm, SymInt[] groups, float[] eps, Tensor[] given, Tensor? total"
 
@@ -341,6 +357,7 @@ _forward = define(
     op="nn.DenseASPP3d",
     reference=_reference_forward,
     fake=_fake_forward,
+    cuda=[Kernel("Triton", _triton_forward, triton_missing)],
 )
 _backward = define(
     "dense_aspp3d_bwd(Tensor grad, Tensor out, Tensor[] reduced, Tensor[] tables, Tensor[] variances,"
@@ -348,4 +365,5 @@ _backward = define(
     op="nn.DenseASPP3d",
     reference=_reference_backward,
     fake=_fake_backward,
+    cuda=[Kernel("Triton", _triton_backward, triton_missing)],
 )
