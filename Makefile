@@ -18,6 +18,9 @@ PART ?=
 # The workers of pytest share the cores already.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
+# Tests of Triton kernels, run by Triton's interpreter in a process of their own.
+INTERPRETED := $(wildcard tests/test_*_triton.py) tests/test_channelwise.py
+
 .PHONY: demo test lint gpu clean setup lock check-abi
 
 demo: setup
@@ -25,6 +28,7 @@ demo: setup
 
 test: setup
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m "not gpu and not large" tests
+	TRITON_INTERPRET=1 $(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m "not gpu and not large" $(INTERPRETED)
 
 lint: setup
 	$(VENV)/bin/ruff check .
