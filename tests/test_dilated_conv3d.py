@@ -137,3 +137,35 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=match):
             dilated_conv3d(*arguments)  # type: ignore[arg-type]
+
+
+def test_output_has_channels_innermost_where_an_operand_has() -> None:
+    wide = torch.randn(1, 8, 3, 4, 5).to(memory_format=torch.channels_last_3d)
+    weight = torch.randn(4, 6, 3, 3, 3)
+    expected = F.conv3d(wide[:, :6].contiguous(), weight, padding=2, dilation=2)
+    for x, w in [
+        (wide[:, :6], weight),
+        (wide[:, :6].contiguous(), weight.to(memory_format=torch.channels_last_3d)),
+    ]:
+        y = dilated_conv3d(x, w, dilation=2)
+        assert y.is_contiguous(memory_format=torch.channels_last_3d)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert dilated_conv3d(wide[:, :6].contiguous(), weight).is_contiguous()
+
+
+def test_only_gradients_asked_for() -> None:
+    x, weight, bias = torch.randn(1, 2, 3, 4, 5), torch.randn(3, 2, 3, 3, 3), torch.randn(3)
+    for needs in [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]:
+        leaves = [t.clone().requires_grad_(n) for t, n in zip((x, weight, bias), needs)]
+        plain = [t.clone().requires_grad_(n) for t, n in zip((x, weight, bias), needs)]
+        dilated_conv3d(*leaves).square().sum().backward()
+        F.conv3d(*plain, padding=1).square().sum().backward()
+        for actual, expected in zip(leaves, plain):
+            torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivative_is_refused() -> None:
+    x = torch.randn(1, 2, 3, 4, 5, requires_grad=True)
+    y = dilated_conv3d(x, torch.randn(3, 2, 3, 3, 3))
+    with pytest.raises(RuntimeError, match="dilated_conv3d has no second derivative"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)

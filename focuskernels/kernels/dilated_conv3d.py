@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._lib import layout_of, log
@@ -360,12 +361,15 @@ def _race(run: Callable[[Any], Tensor], *maps: Tensor) -> Callable[[Sequence[Any
         return None
 
     def measured(candidates: Sequence[AnyTile | None]) -> AnyTile | None:
-        expected = run(None).float()
+        try:
+            expected = run(None).float()
+        except torch.OutOfMemoryError:
+            return candidates[0]
 
         def milliseconds(tile: AnyTile | None) -> float | None:
             try:
                 error = (run(tile).float() - expected).norm() / expected.norm()
-            except (torch.OutOfMemoryError, triton.runtime.errors.OutOfResources) as failure:
+            except (torch.OutOfMemoryError, TritonError) as failure:
                 log.debug("focuskernels.dilated_conv3d: %s: %s", tile, failure)
                 return None
             if not bool(error <= TOLERANCE):
