@@ -99,7 +99,7 @@ def test_kernels_of_every_op_are_found() -> None:
     for op in ops().values():
         names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op)}
         for stem in op.stems:
-            assert f"focuskernels/{stem}.py" in names
+            assert stem in {Path(name).stem for name in names}
         assert all((ROOT / name).is_file() for name in names)
 
 
