@@ -78,15 +78,14 @@ def dense_aspp(capability: int) -> Any:
     maps = dict.fromkeys(("x", "grad", "h", "into", "weight"), "*bf16")
     types = {**tables, **maps, "voxels": "i64", "stride": "i64"}
     for channels in (64, 160):
-        forward = passes.constants(channels, 64, 2 * passes.VOXELS)
-        backward = passes.constants(channels, 64, passes.VOXELS)
+        fixed = passes.constants(channels, 64, passes.VOXELS)
         sums = passes.constants(channels, 64, passes.VOXELS, passes.SUMS_WIDEST) | {"TILES": passes.TILES_PER_PROGRAM}
-        for kernel, fixed in (
-            (passes.reduce_kernel, forward),
+        for kernel, constants in (
+            (passes.reduce_kernel, fixed),
             (passes.sums_kernel, sums),
-            (passes.backward_kernel, backward),
+            (passes.backward_kernel, fixed),
         ):
-            yield compile_kernel(kernel, capability, {"num_warps": passes.WARPS}, types, fixed)
+            yield compile_kernel(kernel, capability, {"num_warps": passes.WARPS}, types, constants)
 
 
 def main(capability: int) -> None:

@@ -164,7 +164,7 @@ class Passes(dense_aspp3d.Passes):
             return super().reduce(buffer, channels, table, weight)
         size, bottleneck = buffer.shape[2:].numel(), len(weight)
         h = _empty_map(buffer, bottleneck)
-        tiles = triton.cdiv(size, 2 * VOXELS)
+        tiles = triton.cdiv(size, VOXELS)
         found = table.new_empty((len(buffer), tiles, 2, bottleneck))
         with _on(buffer):
             reduce_kernel[(tiles, len(buffer))](
@@ -175,10 +175,10 @@ class Passes(dense_aspp3d.Passes):
                 found,
                 size,
                 buffer.shape[1],
-                **constants(channels, bottleneck, 2 * VOXELS),
+                **constants(channels, bottleneck, VOXELS),
                 num_warps=WARPS,
             )
-        return h, merged(found, size, 2 * VOXELS)
+        return h, merged(found, size, VOXELS)
 
     def reduce_backward(
         self, grad: Tensor, buffer: Tensor, channels: int, table: Tensor, weight: Tensor, rows_of: RowsOf, into: Tensor

@@ -89,7 +89,7 @@ def tiles(
     for size in sizes if bn >= 64 else [128]:
         found.append(Tile(*_box(volume, size), bn, bk, 4, 3 if tma else 4, tma))
     if not tma and inputs % 64 == 0:
-        found.append(Tile(*_box(volume, 128), bn, 64, 4, 3, tma))
+        found.append(Tile(*_box(volume, 128), bn, 64, 8, 3, tma))
     found.append(Tile(*_box(volume, 256), bn, bk, 8, 4 if tma else 3, tma))
     return _that_fit(found, capability)
 
