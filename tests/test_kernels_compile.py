@@ -69,7 +69,7 @@ CONV_REGISTERS = {
     "weight_kernel": 190,
     "reduce_kernel": 160,
     "sums_kernel": 250,
-    "backward_kernel": 160,
+    "backward_kernel": 230,
 }
 #: The matrix instructions an architecture has.
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
