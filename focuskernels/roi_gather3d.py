@@ -1,13 +1,42 @@
 """Regions of interest cut out of several feature volumes and concatenated: SOS-Net's input."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
 from ._arguments import require_float, triple, values_are_readable
+from ._lib import csrc_kernel, define, forbid_double_backward
 from .reference import roi_gather3d as reference
+
+Padding: TypeAlias = Literal["zeros", "border"]
+
+
+@overload
+def roi_gather_3d(
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_size: int | Sequence[int],
+    output_size: int | Sequence[int] | None = ...,
+    *,
+    spatial_scales: Sequence[float | Sequence[float]] | None = ...,
+    padding: Padding = ...,
+    passthrough: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def roi_gather_3d(
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_size: int | Sequence[int],
+    output_size: int | Sequence[int] | None = ...,
+    *,
+    spatial_scales: Sequence[float | Sequence[float]] | None = ...,
+    padding: Padding = ...,
+    passthrough: Literal[True],
+) -> tuple[Tensor, list[Tensor]]: ...
 
 
 def roi_gather_3d(
@@ -17,8 +46,9 @@ def roi_gather_3d(
     output_size: int | Sequence[int] | None = None,
     *,
     spatial_scales: Sequence[float | Sequence[float]] | None = None,
-    padding: Literal["zeros", "border"] = "zeros",
-) -> Tensor:
+    padding: Padding = "zeros",
+    passthrough: bool = False,
+) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Sample a box around each centre from every source and concatenate the channels.
 
     Along an axis with a ROI of R voxels and S output samples, sample o lies at `c - R // 2 + (o + 0.5) * R / S - 0.5`
@@ -36,9 +66,13 @@ def roi_gather_3d(
         spatial_scales: per source its voxels per reference voxel, one number or (z, y, x); 0.5 for features after one
             downsampling. Default 1 for each.
         padding: what is read outside a source: 0, or the nearest voxel.
+        passthrough: also return the sources, for whatever else reads them. Backward then adds what the ROIs owe to
+            the gradient that comes back through these, in one pass over it, where otherwise a gradient of zeros would
+            be filled and added. Under `torch.compile` they are the sources themselves.
 
     Returns:
-        (K, sum C_i, d, h, w); differentiable in `sources` and `centers`.
+        (K, sum C_i, d, h, w), in the layout of the first source; differentiable in `sources` and `centers`. With
+        `passthrough`, that and the list of sources. Every run gives the same bits, in backward too.
 
     Raises:
         TypeError: wrong types, dtypes or devices.
@@ -54,9 +88,97 @@ def roi_gather_3d(
     _check_sources(sources)
     scales = _scales(spatial_scales, len(sources))
     check_centers(centers, sources[0].shape[0], sources[0].device)
-    if padding not in ("zeros", "border"):
+    check_padding(padding)
+    flat_scales = [s for scale in scales for s in scale]
+    (rois,), aliases = _gather(sources, centers, _Options(list(roi), list(out), flat_scales, [], padding), passthrough)
+    return (rois, aliases) if passthrough else rois
+
+
+@overload
+def roi_gather_each_3d(
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_sizes: Sequence[int | Sequence[int]],
+    *,
+    channels: Sequence[Sequence[int] | None] | None = ...,
+    spatial_scales: Sequence[float | Sequence[float]] | None = ...,
+    padding: Padding = ...,
+    passthrough: Literal[False] = ...,
+) -> list[Tensor]: ...
+
+
+@overload
+def roi_gather_each_3d(
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_sizes: Sequence[int | Sequence[int]],
+    *,
+    channels: Sequence[Sequence[int] | None] | None = ...,
+    spatial_scales: Sequence[float | Sequence[float]] | None = ...,
+    padding: Padding = ...,
+    passthrough: Literal[True],
+) -> tuple[list[Tensor], list[Tensor]]: ...
+
+
+def roi_gather_each_3d(
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_sizes: Sequence[int | Sequence[int]],
+    *,
+    channels: Sequence[Sequence[int] | None] | None = None,
+    spatial_scales: Sequence[float | Sequence[float]] | None = None,
+    padding: Padding = "zeros",
+    passthrough: bool = False,
+) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """`roi_gather_3d` with a size for each ROI, in one pass: the gradients of the sources are written once for all.
+
+    Args:
+        sources, centers, spatial_scales, padding, passthrough: as there.
+        roi_sizes: K sizes, each one number or (d, h, w); a ROI has as many samples.
+        channels: per source None where ROIs read all channels, or K numbers: the one channel that each ROI reads, as
+            of a stack of heat maps with one map per organ.
+
+    Returns:
+        K tensors (1, sum C_i, d_k, h_k, w_k), where C_i is 1 for a source of which one channel is read; with
+        `passthrough`, that and the list of sources.
+
+    Raises:
+        TypeError, ValueError: as `roi_gather_3d`; and for numbers of sizes or channels that do not fit.
+    """
+    sources = list(sources)
+    _check_sources(sources)
+    check_centers(centers, sources[0].shape[0], sources[0].device)
+    check_padding(padding)
+    sizes = [n for k, size in enumerate(roi_sizes) for n in triple(size, f"roi_sizes[{k}]")]
+    if len(sizes) != 3 * len(centers):
+        raise ValueError(f"{len(centers)} centers need as many roi_sizes, got {len(sizes) // 3}")
+    flat_scales = [s for scale in _scales(spatial_scales, len(sources)) for s in scale]
+    options = _Options(sizes, sizes, flat_scales, _channels(channels, sources, len(centers)), padding)
+    rois, aliases = _gather(sources, centers, options, passthrough)
+    return (rois, aliases) if passthrough else rois
+
+
+def check_padding(padding: str) -> None:
+    """Refuse an unknown padding."""
+    if padding not in get_args(Padding):
         raise ValueError(f"padding must be 'zeros' or 'border', got {padding!r}")
-    return reference.forward(sources, centers, roi, out, scales, padding)
+
+
+def _channels(channels: Sequence[Sequence[int] | None] | None, sources: Sequence[Tensor], rois: int) -> list[int]:
+    """K numbers per source, -1 for all; nothing where every ROI reads all channels of every source."""
+    if channels is None or all(some is None for some in channels):
+        return []
+    if len(channels) != len(sources):
+        raise ValueError(f"channels has {len(channels)} entries for {len(sources)} sources")
+    result = []
+    for i, (some, source) in enumerate(zip(channels, sources, strict=True)):
+        numbers = [-1] * rois if some is None else [int(c) for c in some]
+        if len(numbers) != rois:
+            raise ValueError(f"channels[{i}] names {len(numbers)} channels for {rois} ROIs")
+        if some is not None and not all(0 <= c < source.shape[1] for c in numbers):
+            raise ValueError(f"channels[{i}] names {numbers}, sources[{i}] has {source.shape[1]} channels")
+        result += numbers
+    return result
 
 
 def _check_sources(sources: Sequence[Tensor]) -> None:
@@ -105,3 +227,179 @@ def check_centers(centers: Tensor, samples: int, device: torch.device) -> None:
     batch = centers[:, 0]
     if not bool(((batch >= 0) & (batch < samples) & (batch == batch.trunc())).all()):
         raise ValueError(f"centers name samples {batch.tolist()}, expected integers in [0, {samples})")
+
+
+class _Options(NamedTuple):
+    """Lists as in `reference.Boxes`."""
+
+    roi_size: list[int]
+    output_size: list[int]
+    scales: list[float]
+    channels: list[int]
+    padding: str
+
+    @property
+    def border(self) -> bool:
+        return self.padding == "border"
+
+
+def _gather(
+    sources: list[Tensor], centers: Tensor, options: _Options, passthrough: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and the sources or their aliases."""
+    if not options.output_size:
+        return [], sources
+    # torch.compile refuses an autograd.Function that gets a tensor twice.
+    sources = [s.view_as(s) if any(s is other for other in sources[:i]) else s for i, s in enumerate(sources)]
+    if not passthrough or torch.compiler.is_compiling():
+        return list(_Gather.apply(centers, options, *sources)), sources
+    results = _PassThrough.apply(centers, options, *sources)
+    return list(results[: -len(sources)]), list(results[-len(sources) :])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, centers: Tensor, options: _Options, *sources: Tensor) -> tuple[Tensor, ...]:
+        _remember(ctx, centers, options, sources)
+        return tuple(_run(sources, centers, options))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        forbid_double_backward("roi_gather_3d")
+        return _gradients(ctx, grads, [])
+
+
+class _PassThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, centers: Tensor, options: _Options, *sources: Tensor) -> tuple[Tensor, ...]:
+        _remember(ctx, centers, options, sources)
+        outputs = _run(sources, centers, options)
+        ctx.outputs = [(out.shape, out.dtype) for out in outputs]
+        ctx.set_materialize_grads(False)
+        return (*outputs, *sources)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        forbid_double_backward("roi_gather_3d")
+        others = grads[len(ctx.outputs) :]
+        owed = grads[: len(ctx.outputs)]
+        if all(grad is None for grad in owed):
+            return None, None, *others
+        centers = ctx.saved_tensors[0]
+        whole = [
+            centers.new_zeros(shape, dtype=dtype) if grad is None else grad
+            for grad, (shape, dtype) in zip(owed, ctx.outputs, strict=True)
+        ]
+        wanted = [other for other, source in zip(others, ctx.sources, strict=True) if source is not None]
+        bases = [base for base in wanted if base is not None]
+        if len(bases) == len(wanted):
+            return _gradients(ctx, whole, bases)
+        of_centers, none, *own = _gradients(ctx, whole, [])
+        return of_centers, none, *(_sum(a, b) for a, b in zip(others, own, strict=True))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+class _Source(NamedTuple):
+    """What backward needs to know of a source."""
+
+    shape: torch.Size
+    first_channel: int
+    dtype: int
+    channels_last: bool
+
+
+def _remember(ctx: Any, centers: Tensor, options: _Options, sources: Sequence[Tensor]) -> None:
+    # The gradient of the centres alone needs the sources' values.
+    ctx.save_for_backward(centers, *(sources if ctx.needs_input_grad[0] else ()))
+    ctx.options = options
+    ctx.sources = []
+    boxes = _boxes(centers, options)
+    first = 0
+    for i, (source, wanted) in enumerate(zip(sources, ctx.needs_input_grad[2:], strict=True)):
+        dtype = reference.DTYPES.index(source.dtype)
+        about = _Source(source.shape, first, dtype, reference.is_channels_last(source))
+        ctx.sources.append(about if wanted else None)
+        first += boxes.width(i, source.shape[1])
+
+
+def _boxes(centers: Tensor, options: _Options) -> reference.Boxes:
+    return reference.Boxes(centers, *options[:4], options.border)
+
+
+def _run(sources: Sequence[Tensor], centers: Tensor, options: _Options) -> list[Tensor]:
+    return _forward(sources, *_boxes(centers, options))
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor], bases: list[Tensor]) -> tuple[Tensor | None, ...]:
+    centers, *sources = ctx.saved_tensors
+    options: _Options = ctx.options
+    rois = centers.shape[0]
+    numbers = [i for i, source in enumerate(ctx.sources) if source is not None]
+    result: list[Tensor | None] = [None] * (2 + len(ctx.sources))
+    if ctx.needs_input_grad[0]:
+        result[0] = _centers_backward(grads, sources, *_boxes(centers, options))
+    if numbers:
+        wanted = [ctx.sources[i] for i in numbers]
+        gradients = _backward(
+            grads,
+            [_like(base, source) for base, source in zip(bases, wanted)],
+            centers,
+            options.roi_size,
+            options.output_size,
+            [scale for i in numbers for scale in options.scales[3 * i : 3 * i + 3]],
+            [channel for i in numbers for channel in options.channels[rois * i : rois * (i + 1)]],
+            [size for source in wanted for size in source.shape],
+            [source.first_channel for source in wanted],
+            [source.dtype for source in wanted],
+            [int(source.channels_last) for source in wanted],
+            options.border,
+        )
+        for i, gradient in zip(numbers, gradients, strict=True):
+            result[2 + i] = gradient
+    return tuple(result)
+
+
+def _like(base: Tensor, source: _Source) -> Tensor:
+    layout = torch.channels_last_3d if source.channels_last else torch.contiguous_format
+    return base.to(reference.DTYPES[source.dtype]).contiguous(memory_format=layout)
+
+
+def _fake_forward(sources: Sequence[Tensor], *boxes: Any) -> list[Tensor]:
+    return reference.empty_outputs(sources, reference.Boxes(*boxes))
+
+
+def _fake_backward(grads: Sequence[Tensor], bases: Sequence[Tensor], centers: Tensor, *arguments: Any) -> list[Tensor]:
+    *_, shapes, _first_channels, dtypes, channels_last, _border = arguments
+    return reference.empty_gradients(grads, centers, shapes, dtypes, channels_last)
+
+
+def _fake_centers_backward(grads: Sequence[Tensor], sources: Sequence[Tensor], centers: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(centers)
+
+
+_OPS = ("roi_gather_3d", "roi_gather_each_3d")
+_BOXES = "Tensor centers, SymInt[] roi_size, SymInt[] output_size, float[] scales, int[] channels"
+_forward = define(
+    f"roi_gather_3d_fwd(Tensor[] sources, {_BOXES}, bool border) -> Tensor[]",
+    op=_OPS,
+    reference=reference.forward,
+    fake=_fake_forward,
+    cpu=[csrc_kernel("roi_gather_3d_forward")],
+)
+_backward = define(
+    f"roi_gather_3d_bwd(Tensor[] grads, Tensor[] bases, {_BOXES}, SymInt[] shapes, SymInt[] first_channels,"
+    " int[] dtypes, int[] channels_last, bool border) -> Tensor[]",
+    op=_OPS,
+    reference=reference.backward,
+    fake=_fake_backward,
+    cpu=[csrc_kernel("roi_gather_3d_backward")],
+)
+_centers_backward = define(
+    f"roi_gather_3d_centers_bwd(Tensor[] grads, Tensor[] sources, {_BOXES}, bool border) -> Tensor",
+    op=_OPS,
+    reference=reference.centers_backward,
+    fake=_fake_centers_backward,
+)

@@ -16,8 +16,15 @@ from focuskernels.nn import DenseASPP3d
 
 
 def roi_gather(x: Tensor) -> Tensor:
-    centers = torch.tensor([[0.0, 1, 2, 3], [1, 0, 4, 5]])[: 2 * len(x)]
-    return fk.roi_gather_3d([x, x[:, :2]], centers, 2, (3, 2, 2))
+    centers = torch.tensor([[0.0, 1, 2, 3], [1, 0, 4, 5]])[: 2 * len(x)] + 0 * x.sum()
+    return fk.roi_gather_3d([x, x[:, :2] + 0], centers, 2, (3, 2, 2))
+
+
+def roi_gather_each(x: Tensor) -> list[Tensor]:
+    centers = torch.tensor([[0.0, 1, 2, 3], [1, 0, 4, 5]])[: 2 * len(x)] + 0 * x.sum()
+    return fk.roi_gather_each_3d(
+        [x, x], centers, [2, (1, 2, 3)][: len(centers)], channels=[None, [0, 1][: len(centers)]]
+    )
 
 
 def paste_rois(x: Tensor) -> Tensor:
@@ -46,6 +53,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     ),
     "paste_rois_3d": paste_rois,
     "roi_gather_3d": roi_gather,
+    "roi_gather_each_3d": roi_gather_each,
     "se_residual": lambda x: fk.se_residual(
         x, x, torch.ones(1, 4), torch.zeros(1), torch.ones(4, 1), torch.zeros(4), activation="relu"
     ),

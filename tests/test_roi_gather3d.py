@@ -4,13 +4,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_layouts_agree, assert_traceable
+from compare import assert_layouts_agree, assert_traceable, gradients
 from torch import Tensor
 
-from focuskernels import roi_gather_3d
-from focuskernels.reference.roi_gather3d import gather_by_corners, gather_by_crops
+from focuskernels import roi_gather3d as module
+from focuskernels import roi_gather_3d, roi_gather_each_3d
+from focuskernels.reference import roi_gather3d as reference
+from focuskernels.roi_gather3d import Padding
 
 ONES = (1.0, 1.0, 1.0)
+
+
+@pytest.fixture(params=["op", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The best backend of this machine, then the definition."""
+    if request.param == "reference":
+        monkeypatch.setattr(module, "_forward", reference.forward)
+        monkeypatch.setattr(module, "_backward", reference.backward)
+    return request.param
 
 
 def by_loop(
@@ -54,7 +65,8 @@ def test_integer_centers_are_slices() -> None:
 def test_integer_centers_beyond_the_border_are_padded_slices(center: tuple[int, int, int]) -> None:
     source = torch.randn(1, 2, 5, 6, 7)
     far = [min(max(c, -20), 30) for c in center]  # as far outside, on the padded volume
-    for padding, mode in (("zeros", "constant"), ("border", "replicate")):
+    modes: list[tuple[Padding, str]] = [("zeros", "constant"), ("border", "replicate")]
+    for padding, mode in modes:
         padded = F.pad(source, [50] * 6, mode=mode)
         z, y, x = (50 + c - 2 for c in far)
         actual = roi_gather_3d([source], torch.tensor([[0, *center]]), (4, 5, 4), padding=padding)
@@ -72,22 +84,24 @@ LOOP_CASES = [
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize(("roi", "out", "scale"), LOOP_CASES)
 def test_matches_a_loop(
-    roi: tuple[int, int, int], out: tuple[int, int, int], scale: tuple[float, float, float], padding: str
+    backend: str,
+    roi: tuple[int, int, int],
+    out: tuple[int, int, int],
+    scale: tuple[float, float, float],
+    padding: Padding,
 ) -> None:
     source = torch.randn(2, 2, 5, 1, 7, dtype=torch.float64)
     centers = centers_of((0, 2.3, 0.6, 3.25), (1, -1.5, 0, 6.9), (1, 4, 0, 3), (0, 50.5, 0, 2), (1, 3.9, -7.2, 1e12))
     expected = torch.stack([by_loop(source, c, list(roi), list(out), scale, padding) for c in centers.tolist()])
     actual = roi_gather_3d([source], centers, roi, out, spatial_scales=[scale], padding=padding)
     torch.testing.assert_close(actual, expected)
-    both = [gather([source], centers, roi, out, [scale], padding) for gather in (gather_by_corners, gather_by_crops)]
-    torch.testing.assert_close(both[0], both[1])
     single = roi_gather_3d([source.float()], centers, roi, out, spatial_scales=[scale], padding=padding)
     torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_matches_grid_sample(scale: float, padding: str) -> None:
+def test_matches_grid_sample(backend: str, scale: float, padding: Padding) -> None:
     source = torch.randn(1, 3, 6, 7, 8, dtype=torch.float64)
     center, roi, out = (2.7, 9.1, 4.4), (5, 4, 6), (7, 4, 3)
     axes = []
@@ -110,13 +124,17 @@ def test_channels_of_the_sources_follow_each_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gather", [gather_by_corners, gather_by_crops])
-def test_half_precision_rounds_once(gather, dtype: torch.dtype) -> None:
-    source, centers = torch.randn(1, 4, 6, 6, 6).to(dtype), centers_of((0, 2.3, 3.4, 2.6))
-    actual = gather([source], centers, (4, 4, 4), (3, 5, 4), [ONES], "zeros")
-    expected = gather([source.double()], centers, (4, 4, 4), (3, 5, 4), [ONES], "zeros")
+def test_half_precision_rounds_once(backend: str, dtype: torch.dtype) -> None:
+    source = torch.randn(1, 4, 6, 6, 6).to(dtype).requires_grad_()
+    exact = source.detach().double().requires_grad_()
+    centers = centers_of((0, 2.3, 3.4, 2.6), (0, 2.1, 3, 3))
+    actual, expected = (roi_gather_3d([s], centers, 4, (3, 5, 4)) for s in (source, exact))
     assert actual.dtype == dtype
-    torch.testing.assert_close(actual.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    weights = torch.randn(actual.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(actual, source, weights)
+    (expected_gradient,) = torch.autograd.grad(expected, exact, weights.double())
+    for a, e in ((actual, expected), (gradient, expected_gradient)):
+        torch.testing.assert_close(a.double(), e, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_mixed_dtypes_are_promoted() -> None:
@@ -126,25 +144,120 @@ def test_mixed_dtypes_are_promoted() -> None:
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
-@pytest.mark.parametrize("gather", [gather_by_corners, gather_by_crops])
-def test_gradients(gather, padding: str) -> None:
+def test_gradients(backend: str, padding: Padding) -> None:
     sources = [torch.randn(2, 2, 4, 3, 5, dtype=torch.float64), torch.randn(2, 1, 2, 2, 3, dtype=torch.float64)]
     # overlapping, partly outside and wholly outside, away from the kinks of the interpolation
     centers = centers_of((1, 2.3, 1.4, 2.1), (1, 1.9, 1.2, 2.6), (0, 3.7, -0.6, 4.3), (0, 30.2, 1.3, 1.2))
 
     def run(first: Tensor, second: Tensor, places: Tensor) -> Tensor:
         full = torch.cat([centers[:, :1], places], dim=1)
-        return gather([first, second], full, (3, 2, 3), (2, 2, 4), [ONES, (0.5, 0.7, 0.6)], padding)
+        scales = [ONES, (0.5, 0.7, 0.6)]
+        return roi_gather_3d([first, second], full, (3, 2, 3), (2, 2, 4), spatial_scales=scales, padding=padding)
 
     leaves = [t.clone().requires_grad_() for t in (*sources, centers[:, 1:])]
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradcheck(lambda *s: run(*s, centers[:, 1:]), leaves[:2], fast_mode=True)
+    assert torch.autograd.gradcheck(lambda c: run(*sources, c), leaves[2:], fast_mode=True)
 
 
-def test_second_gradients() -> None:
-    source = torch.randn(1, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    centers = centers_of((0, 1, 1, 1), (0, 1.3, 0.6, 2.2))
-    assert torch.autograd.gradgradcheck(lambda s: roi_gather_3d([s], centers, 2).square(), (source,))
+def test_second_gradients_are_refused() -> None:
+    source = torch.randn(1, 1, 3, 3, 3, requires_grad=True)
+    y = roi_gather_3d([source], centers_of((0, 1, 1, 1)), 2)
+    with pytest.raises(RuntimeError, match="roi_gather_3d has no second derivative"):
+        torch.autograd.grad(y.sum(), source, create_graph=True)
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("border", "kind"), [(False, torch.int64), (False, torch.float32), (True, torch.float64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_op_is_the_reference(
+    dtype: torch.dtype, kind: torch.dtype, border: bool, channels_last: bool, ragged: bool
+) -> None:
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    first = torch.randn(2, 3, 6, 7, 9).to(dtype).contiguous(memory_format=layout)
+    # of another dtype, layout and scale than the first
+    second = torch.randn(2, 2, 3, 4, 4, dtype=torch.promote_types(dtype, torch.float32)).transpose(3, 4)
+    centers = centers_of(
+        (0, 2.3, 1.2, 4.4), (1, 5, 5, 5), (0, 3, 3, 3), (1, -1, 40, 2), (7, 3, 3, 3), (0, 3, 4, 3), dtype=torch.float64
+    ).to(kind)
+    sizes = [4, 5, 3] if not ragged else [4, 5, 3, 1, 1, 1, 2, 4, 5, 3, 3, 3, 2, 2, 2, 6, 7, 8]
+    channels = [2, 0, 1, 1, 0, 2, *[-1] * 6] if ragged else []
+    boxes = (centers, sizes, sizes, [1.0, 1.0, 1.0, 0.5, 0.5, 0.75], channels)
+    expected = reference.forward([first, second], *boxes, border)
+    actual = module._forward([first, second], *boxes, border)
+    rounding = 4 * torch.finfo(dtype).eps
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.stride(), a.dtype) == (e.stride(), e.dtype)
+        torch.testing.assert_close(a, e, rtol=rounding, atol=rounding)
+
+    shapes, dtypes = [*first.shape, *second.shape], [reference.DTYPES.index(t.dtype) for t in (first, second)]
+    grads = [torch.randn(out.shape).to(out.dtype) for out in actual]
+    firsts = [0, 1 if ragged else 3]
+    for bases in ([], [torch.randn_like(first), torch.randn(second.shape, dtype=second.dtype)]):
+        owed = (grads, bases, *boxes, shapes, firsts, dtypes, [int(channels_last), 0], border)
+        for a, e in zip(module._backward(*owed), reference.backward(*owed), strict=True):
+            assert (a.stride(), a.dtype) == (e.stride(), e.dtype)
+            torch.testing.assert_close(a, e, rtol=rounding, atol=2 * rounding)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_each_is_one_by_one(layout: torch.memory_format) -> None:
+    features, heatmaps = (torch.randn(2, c, 6, 7, 8).contiguous(memory_format=layout).requires_grad_() for c in (5, 3))
+    image = torch.randn(2, 1, 6, 7, 8)
+    centers = torch.tensor([[0, 2, 3, 4], [1, 3, 3, 3], [1, 0, 9, 3], [0, 3, 3, 4]])
+    sizes, maps = [3, (2, 5, 4), 4, (3, 1, 2)], [0, 2, 1, 0]
+    actual = roi_gather_each_3d([features, image, heatmaps], centers, sizes, channels=[None, None, maps])
+    expected = [
+        roi_gather_3d([features, image, heatmaps[:, m : m + 1]], centers[k : k + 1], sizes[k])
+        for k, m in enumerate(maps)
+    ]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    leaves = [features, heatmaps]
+    torch.testing.assert_close(gradients(actual, leaves), gradients(expected, leaves))
+    assert roi_gather_each_3d([features], centers[:0], []) == []
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_pass_through(layout: torch.memory_format) -> None:
+    centers = centers_of((0, 2.3, 1.4, 2.1), (1, 3, 3, 3), (1, 2, 3, 3))
+    leaves = [torch.randn(2, c, 5, 6, 7).contiguous(memory_format=layout).requires_grad_() for c in (3, 1)]
+    image = torch.randn(2, 1, 5, 6, 7)
+
+    def run(passthrough: bool) -> list[Tensor]:
+        sources = [2 * leaves[0], image, leaves[1]]
+        if passthrough:
+            rois, sources = roi_gather_each_3d(sources, centers, [3, 2, 4], passthrough=True)
+        else:
+            rois = roi_gather_each_3d(sources, centers, [3, 2, 4])
+        # gradients of each kind: dense, expanded, and one that another consumer gets as well
+        return [*rois, sources[0].square() + sources[1], sources[2].sum(), sources[2] + leaves[1]]
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
+    for some in ([0, 1, 2, 3, 4, 5], [0], [3, 4], [1, 4], [0, 1, 3, 5]):
+        of_each = [gradients([run(passthrough)[i] for i in some], leaves) for passthrough in (True, False)]
+        torch.testing.assert_close(*of_each)
+
+
+def test_pass_through_leaves_the_incoming_gradient_alone() -> None:
+    x = torch.ones(1, 1, 2, 2, 2, requires_grad=True)
+    source = x * 1
+    rois, (alias,) = roi_gather_3d([source], torch.zeros(1, 4), 2, passthrough=True)
+    assert alias.data_ptr() == source.data_ptr()
+    ones = torch.ones_like(alias)
+    (gradient,) = torch.autograd.grad([alias, rois], x, [ones, torch.ones_like(rois)])
+    assert torch.equal(ones, torch.ones_like(ones))
+    assert gradient[0, 0, 0, 0, 0] == 2 and gradient.sum() == 9
+
+
+def test_layout_of_the_first_source() -> None:
+    source = torch.randn(1, 4, 5, 5, 5).contiguous(memory_format=torch.channels_last_3d)
+    rois = roi_gather_3d([source, source.contiguous()], torch.tensor([[0, 2, 2, 2]]), 3)
+    assert rois.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(rois[:, :4], rois[:, 4:])
 
 
 def test_overlapping_rois_add_their_gradients() -> None:
@@ -166,16 +279,16 @@ def test_is_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize("gather", [gather_by_corners, gather_by_crops])
-def test_voxels_outside_the_roi_do_not_leak_in(gather) -> None:
-    source = torch.full((1, 1, 6, 6, 6), torch.nan)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_voxels_outside_the_roi_do_not_leak_in(backend: str, value: float) -> None:
+    source = torch.full((1, 1, 6, 6, 6), value)
     source[0, 0, 1:4, 1:4, 1:4] = 1e4
-    assert torch.equal(
-        gather([source], centers_of((0, 2, 2, 2)), (3, 3, 3), (3, 3, 3), [ONES], "zeros"),
-        torch.full((1, 1, 3, 3, 3), 1e4),
-    )
-    # NaN at the border of the volume, samples beyond it
-    assert gather([source], centers_of((0, 30, 2, 2)), (3, 3, 3), (3, 3, 3), [ONES], "zeros").abs().sum() == 0
+    expected = torch.full((1, 1, 3, 3, 3), 1e4)
+    assert torch.equal(roi_gather_3d([source], centers_of((0, 2, 2, 2)), 3), expected)
+    # interpolated along one axis only
+    assert torch.equal(roi_gather_3d([source], centers_of((0, 2, 2.5, 2)), (3, 2, 3)), expected[:, :, :, :2])
+    # at the border of the volume, samples beyond it
+    assert roi_gather_3d([source], centers_of((0, 30, 2, 2)), 3).abs().sum() == 0
 
 
 def test_no_rois_and_no_samples() -> None:
@@ -196,13 +309,18 @@ def test_layouts() -> None:
     assert gradient.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-@pytest.mark.slow
-def test_compile_and_fake_tensors() -> None:
+@pytest.mark.parametrize("passthrough", [False, True])
+def test_compile_and_fake_tensors(passthrough: bool) -> None:
     source = torch.randn(2, 2, 3, 4, 5, requires_grad=True)
     centers = centers_of((0, 2.2, 3.4, 3.1), (1, -1, 3, 7), (1, 2, 3, 3), dtype=torch.float32).requires_grad_()
-    assert_traceable(
-        lambda s, c: roi_gather_3d([s], c, (3, 4, 3), spatial_scales=[0.5]), source, centers, rtol=1e-4, atol=1e-4
-    )
+
+    def run(s: Tensor, c: Tensor) -> list[Tensor]:
+        if not passthrough:
+            return [roi_gather_3d([s * 1], c, (3, 4, 3), spatial_scales=[0.5])]
+        rois, (alias,) = roi_gather_each_3d([s * 1], c, [3, 1, 2], channels=[[0, 1, 0]], passthrough=True)
+        return [*rois, 2 * alias]
+
+    assert_traceable(run, source, centers)
 
 
 def test_compiled_code_knows_no_sample_out_of_range() -> None:
@@ -231,7 +349,7 @@ def test_bad_input() -> None:
         (ValueError, r"samples \[0.5\]", ([x], centers + 0.5, 2)),
     ]:
         with pytest.raises(error, match=match):
-            roi_gather_3d(*arguments)  # type: ignore[arg-type]
+            roi_gather_3d(*arguments)  # type: ignore[call-overload]
     for error, match, keywords in [
         (TypeError, "one scale per source, got 1.0", {"spatial_scales": 1.0}),
         (ValueError, "2 entries for 1 sources", {"spatial_scales": [1, 1]}),
@@ -240,3 +358,11 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=match):
             roi_gather_3d([x], centers, 2, **keywords)
+    for match, keywords in [
+        ("1 centers need as many roi_sizes, got 2", {"roi_sizes": [2, 2]}),
+        ("channels has 2 entries for 1 sources", {"channels": [None, [0]]}),
+        (r"channels\[0\] names 2 channels for 1 ROIs", {"channels": [[0, 0]]}),
+        (r"channels\[0\] names \[1\], sources\[0\] has 1 channels", {"channels": [[1]]}),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            roi_gather_each_3d([x], centers, **{"roi_sizes": [2], **keywords})  # type: ignore[call-overload]

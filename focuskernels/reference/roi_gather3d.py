@@ -1,31 +1,151 @@
 from collections.abc import Sequence
-from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._arguments import Triple, values_are_readable
+from .roi_sampling import Taps, accumulation, gather, scatter
 
-Scales = Sequence[tuple[float, float, float]]
+#: What a number in a list of dtypes stands for.
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Boxes(NamedTuple):
+    """Where K ROIs lie and what they read.
+
+    `roi_size` and `output_size` hold three numbers for all ROIs, which make one tensor, or three for each, which make
+    K. `scales` holds three per source; `channels`, K per source: the one channel that a ROI reads, or -1 for all; or
+    nothing.
+    """
+
+    centers: Tensor
+    roi_size: Sequence[int]
+    output_size: Sequence[int]
+    scales: Sequence[float]
+    channels: Sequence[int]
+    border: bool
+
+    def groups(self) -> list[slice]:
+        """The ROIs of every output."""
+        outputs, rois = len(self.roi_size) // 3, self.centers.shape[0]
+        return [slice(0, rois)] if outputs == 1 else [slice(k, k + 1) for k in range(outputs)]
+
+    def sizes(self, group: int) -> tuple[Sequence[int], Sequence[int]]:
+        """ROI and output size of an output."""
+        return self.roi_size[3 * group : 3 * group + 3], self.output_size[3 * group : 3 * group + 3]
+
+    def channel(self, source: int, roi: int) -> int:
+        """The one channel that a ROI reads, or -1."""
+        return self.channels[source * self.centers.shape[0] + roi] if self.channels else -1
+
+    def width(self, source: int, channels: int) -> int:
+        """Channels of the output that come from a source of so many."""
+        return channels if self.channel(source, 0) < 0 else 1
 
 
 def forward(
     sources: Sequence[Tensor],
     centers: Tensor,
-    roi_size: Triple,
-    output_size: Triple,
-    scales: Scales,
-    padding: str,
+    roi_size: Sequence[int],
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    channels: Sequence[int],
+    border: bool,
+) -> list[Tensor]:
+    """ROIs (K, sum C_i, d, h, w), or K of (1, sum C_i, d_k, h_k, w_k), of sources (N, C_i, D_i, H_i, W_i)."""
+    boxes = Boxes(centers, roi_size, output_size, scales, channels, border)
+    outputs = empty_outputs(sources, boxes)
+    for group, (rois, out) in enumerate(zip(boxes.groups(), outputs, strict=True)):
+        first = 0
+        for i, source in enumerate(sources):
+            width = boxes.width(i, source.shape[1])
+            axes = _axes(boxes, group, i, source.shape)
+            for k in range(out.shape[0]):
+                part = source.narrow(1, max(boxes.channel(i, rois.start + k), 0), width)
+                batch = sample_numbers(centers)[rois][k : k + 1]
+                gather(out[k : k + 1, first : first + width], part, batch, [axis.only(k) for axis in axes])
+            first += width
+    return outputs
+
+
+def backward(
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    centers: Tensor,
+    roi_size: Sequence[int],
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    channels: Sequence[int],
+    shapes: Sequence[int],
+    first_channels: Sequence[int],
+    dtypes: Sequence[int],
+    channels_last: Sequence[int],
+    border: bool,
+) -> list[Tensor]:
+    """Gradients of some sources, added to `bases` where there are any.
+
+    Args:
+        grads: of the outputs.
+        bases: other gradients of the same sources, in shape, dtype and layout theirs; or none.
+        shapes: five sizes per source.
+        first_channels: of each source within the outputs.
+        dtypes: of each source, as positions in `DTYPES`.
+        channels_last: whether each source has this layout.
+    """
+    boxes = Boxes(centers, roi_size, output_size, scales, channels, border)
+    results = empty_gradients(grads, centers, shapes, dtypes, channels_last)
+    for i, result in enumerate(results):
+        wide = accumulation(result.dtype)
+        total = bases[i].to(wide, copy=True) if bases else torch.zeros_like(result, dtype=wide)
+        width = boxes.width(i, total.shape[1])
+        for group, (rois, grad) in enumerate(zip(boxes.groups(), grads, strict=True)):
+            axes = _axes(boxes, group, i, result.shape)
+            for k in range(grad.shape[0]):
+                part = total.narrow(1, max(boxes.channel(i, rois.start + k), 0), width)
+                owed = grad[k : k + 1, first_channels[i] : first_channels[i] + width]
+                batch = sample_numbers(centers)[rois][k : k + 1]
+                scatter(part, owed, batch, [axis.only(k) for axis in axes])
+        result.copy_(total)
+    return results
+
+
+def centers_backward(
+    grads: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    centers: Tensor,
+    roi_size: Sequence[int],
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    channels: Sequence[int],
+    border: bool,
 ) -> Tensor:
-    """ROIs (K, sum C_i, d, h, w) of sources (N, C_i, D_i, H_i, W_i) around centers (K, 4)."""
-    if values_are_readable(centers) and len(centers):
-        return gather_by_crops(sources, centers, roi_size, output_size, scales, padding)
-    return gather_by_corners(sources, centers, roi_size, output_size, scales, padding)
+    """Gradient (K, 4) of centers; 0 for the sample number."""
+    boxes = Boxes(centers, roi_size, output_size, scales, channels, border)
+    result = torch.zeros_like(centers, dtype=torch.float64)
+    for group, (rois, grad) in enumerate(zip(boxes.groups(), grads, strict=True)):
+        first = 0
+        for i, source in enumerate(sources):
+            width = boxes.width(i, source.shape[1])
+            owed = grad[:, first : first + width].double()
+            first += width
+            for a in range(3):
+                axes = _axes(boxes, group, i, source.shape, slope=a)
+                for k in range(owed.shape[0]):
+                    part = source.narrow(1, max(boxes.channel(i, rois.start + k), 0), width)
+                    slopes = torch.empty_like(owed[k : k + 1])
+                    gather(slopes, part, sample_numbers(centers)[rois][k : k + 1], [axis.only(k) for axis in axes])
+                    result[rois.start + k, 1 + a] += (owed[k : k + 1] * slopes).sum()
+    return result.to(centers.dtype)
+
+
+def sample_numbers(centers: Tensor) -> Tensor:
+    """(K,) int64; out of range where it is no number."""
+    number = centers[:, 0]
+    return number.floor().nan_to_num(nan=-1).to(torch.int64) if number.is_floating_point() else number.to(torch.int64)
 
 
 def coordinates(center: Tensor, roi: int, out: int, scale: float, size: int) -> Tensor:
-    """Where a ROI samples an axis of a source: centres (K,) in reference voxels -> (K, out) source voxels, float64."""
+    """Where ROIs sample an axis of a source: centres (K,) in reference voxels -> (K, out) source voxels, float64."""
     # A ROI this far outside reads padding only; the limit keeps the later conversion to integers exact.
     margin = roi + 2 + 2 / scale
     center = center.to(torch.float64).clamp(-margin, size / scale + margin)
@@ -34,154 +154,68 @@ def coordinates(center: Tensor, roi: int, out: int, scale: float, size: int) -> 
     return (reference + 0.5) * scale - 0.5
 
 
-def gather_by_corners(
-    sources: Sequence[Tensor],
-    centers: Tensor,
-    roi_size: Triple,
-    output_size: Triple,
-    scales: Scales,
-    padding: str,
-) -> Tensor:
-    """The definition: trilinear interpolation as a sum over eight corners. It never reads the values of `centers`."""
-    batch = centers[:, 0]
-    known = (batch >= 0) & (batch < sources[0].shape[0])
-    batch = torch.where(known, batch, 0).to(torch.int64)
-    regions = []
-    for source, scale in zip(sources, scales, strict=True):
-        axes = [
-            _corners(coordinates(centers[:, 1 + a], roi_size[a], output_size[a], scale[a], size), size, padding)
-            for a, size in enumerate(source.shape[2:])
-        ]
-        volume = source.transpose(0, 1)
-        dtype = torch.promote_types(source.dtype, torch.float32)
-        total = source.new_zeros((), dtype=dtype).expand(source.shape[1], len(centers), *output_size)
-        for (z, wz), (y, wy), (x, wx) in product(*axes):
-            voxels = volume[
-                :, batch[:, None, None, None], z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]
-            ]
-            weight = wz[:, :, None, None] * wy[:, None, :, None] * wx[:, None, None, :] * known[:, None, None, None]
-            if not weight.requires_grad:
-                # What has no part in a sample must not reach it as 0 * inf.
-                voxels = voxels.masked_fill(weight == 0, 0)
-            total = total + voxels.to(dtype) * weight.to(dtype)
-        regions.append(total.transpose(0, 1).to(source.dtype))
-    return torch.cat(regions, dim=1)
-
-
-def _corners(position: Tensor, size: int, padding: str) -> list[tuple[Tensor, Tensor]]:
-    """Index and weight of the two voxels around each position; a voxel outside has weight 0 with padding="zeros"."""
-    if padding == "border":
-        position = position.clamp(0, size - 1)
-    lower = position.detach().floor()
-    fraction = position - lower
-    corners = []
-    for index, weight in ((lower.to(torch.int64), 1 - fraction), (lower.to(torch.int64) + 1, fraction)):
-        inside = (index >= 0) & (index < size)
-        corners.append((index.clamp(0, size - 1), weight * inside))
-    return corners
-
-
-def gather_by_crops(
-    sources: Sequence[Tensor],
-    centers: Tensor,
-    roi_size: Triple,
-    output_size: Triple,
-    scales: Scales,
-    padding: str,
-) -> Tensor:
-    """The same by cutting each ROI out first; axes whose samples fall on voxels are copied, not interpolated."""
-    batch = [int(b) for b in centers[:, 0].tolist()]
-    dtype = sources[0].dtype
-    regions = []
-    for source, scale in zip(sources, scales, strict=True):
+def empty_outputs(sources: Sequence[Tensor], boxes: Boxes) -> list[Tensor]:
+    """What `forward` returns: of the promoted dtype, in the first source's layout."""
+    first, dtype = sources[0], sources[0].dtype
+    for source in sources[1:]:
         dtype = torch.promote_types(dtype, source.dtype)
-        axes = [
-            coordinates(centers[:, 1 + a], roi_size[a], output_size[a], scale[a], size)
-            for a, size in enumerate(source.shape[2:])
-        ]
-        rois = [
-            [_axis(axis[k], size, padding) for axis, size in zip(axes, source.shape[2:])] for k in range(len(batch))
-        ]
-        crops = _Crops.apply(source, batch, [[axis.span for axis in roi] for roi in rois])
-        regions.append([_interpolate(crop, roi) for crop, roi in zip(crops, rois)])
-    # one copy straight to the result
-    pieces = [region[k].to(dtype) for k in range(len(batch)) for region in regions]
-    return torch.cat(pieces).unflatten(0, (len(batch), -1))
+    layout = _layout(is_channels_last(first))
+    width = sum(boxes.width(i, source.shape[1]) for i, source in enumerate(sources))
+    rois = boxes.centers.shape[0] if len(boxes.output_size) == 3 else 1
+    return [
+        torch.empty((rois, width, *boxes.sizes(g)[1]), dtype=dtype, device=first.device, memory_format=layout)
+        for g in range(len(boxes.output_size) // 3)
+    ]
 
 
-class _Axis(NamedTuple):
-    """How a ROI reads one axis of a source."""
-
-    span: tuple[int, int]  #: the voxels it needs, from first to last + 1; they may lie outside
-    lower: Tensor  #: (out,) position of the lower neighbour within the span
-    fraction: Tensor | None  #: (out,) weight of the upper neighbour; None where all samples fall on voxels
-
-
-def _axis(position: Tensor, size: int, padding: str) -> _Axis:
-    if padding == "border":
-        position = position.clamp(0, size - 1)
-    lower = position.detach().floor()
-    fraction = position - lower
-    whole = not position.requires_grad and not bool(fraction.any())
-    first, last = int(lower[0]), int(lower[-1]) + (0 if whole else 1)
-    return _Axis((first, last + 1), lower.to(torch.int64) - first, None if whole else fraction)
-
-
-class _Crops(torch.autograd.Function):
-    """Boxes of samples of a source, 0 outside. All boxes share one gradient; slicing would fill a volume for each.
-
-    Border positions exceed the volume only as the upper corner of weight 0, so zeros serve both paddings.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, batch: list[int], boxes: list[list[tuple[int, int]]]) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.batch, ctx.boxes = source.shape, batch, boxes
-        ctx.channels_last = source.is_contiguous(memory_format=torch.channels_last_3d)
-        crops = []
-        for sample, box in zip(batch, boxes):
-            crop = source.new_zeros((source.shape[1], *(stop - first for first, stop in box)))
-            inside, within = _overlap(box, source.shape[2:])
-            crop[within] = source[sample][inside]
-            crops.append(crop)
-        return tuple(crops)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        layout = torch.channels_last_3d if ctx.channels_last else torch.contiguous_format
-        total = torch.empty(ctx.shape, dtype=grads[0].dtype, device=grads[0].device, memory_format=layout).zero_()
-        for grad, sample, box in zip(grads, ctx.batch, ctx.boxes):
-            inside, within = _overlap(box, ctx.shape[2:])
-            total[sample][inside] += grad[within]
-        return total, None, None
+def empty_gradients(
+    grads: Sequence[Tensor],
+    centers: Tensor,
+    shapes: Sequence[int],
+    dtypes: Sequence[int],
+    channels_last: Sequence[int],
+) -> list[Tensor]:
+    """One tensor for each source."""
+    return [
+        torch.empty(
+            tuple(shapes[5 * i : 5 * i + 5]),
+            dtype=DTYPES[dtype],
+            device=centers.device,
+            memory_format=_layout(bool(channels_last[i])),
+        )
+        for i, dtype in enumerate(dtypes)
+    ]
 
 
-def _overlap(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The part of a box that lies in the volume: of (C, D, H, W), and of the box (C, d, h, w)."""
-    inside, within = [slice(None)], [slice(None)]
-    for (first, stop), size in zip(box, sizes):
-        start = min(max(first, 0), size)
-        end = max(start, min(stop, size))
-        inside.append(slice(start, end))
-        offset = min(max(start - first, 0), stop - first)
-        within.append(slice(offset, offset + end - start))
-    return tuple(inside), tuple(within)
+def is_channels_last(x: Tensor) -> bool:
+    """Whether outputs and gradients of `x` are channels_last_3d; they are plain contiguous when both fit."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _interpolate(crop: Tensor, axes: Sequence[_Axis]) -> Tensor:
-    """(C, d, h, w) samples of a crop, in its dtype."""
-    volume = crop
-    if any(axis.fraction is not None for axis in axes):
-        volume = crop.to(torch.promote_types(crop.dtype, torch.float32))
-    for dim, axis in enumerate(axes, start=1):
-        volume = _along(volume, dim, axis.lower, axis.fraction)
-    return volume.to(crop.dtype)
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
-def _along(volume: Tensor, dim: int, index: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        copied = torch.equal(index, torch.arange(volume.shape[dim], device=index.device))
-        return volume if copied else volume.index_select(dim, index)
-    shape = [1, 1, 1, 1]
-    shape[dim] = -1
-    lower, upper = volume.index_select(dim, index), volume.index_select(dim, index + 1)
-    return torch.lerp(lower, upper, weight.to(volume.dtype).view(shape))
+def _axes(boxes: Boxes, group: int, i: int, shape: Sequence[int], slope: int | None = None) -> list[Taps]:
+    """Taps of a group's ROIs in source i; along the axis `slope`, the derivative by the centre's coordinate instead."""
+    roi, out = boxes.sizes(group)
+    axes = []
+    for a, size in enumerate(shape[2:]):
+        scale = boxes.scales[3 * i + a]
+        x = coordinates(boxes.centers[boxes.groups()[group], 1 + a], roi[a], out[a], scale, size)
+        inside = (x >= 0) & (x <= size - 1) if boxes.border else torch.ones_like(x, dtype=torch.bool)
+        x = x.clamp(0, size - 1) if boxes.border else x
+        fraction = x - x.floor()
+        axes.append(
+            _pair(x, -scale * inside, scale * inside, size) if a == slope else _pair(x, 1 - fraction, fraction, size)
+        )
+    return axes
+
+
+def _pair(x: Tensor, lower: Tensor, upper: Tensor, size: int) -> Taps:
+    """Taps at the two voxels around x; those outside have weight 0."""
+    index = torch.stack([x.floor(), x.floor() + 1], dim=-1).to(torch.int64)
+    weight = torch.stack([lower, upper], dim=-1)
+    inside = (index >= 0) & (index < size)
+    # A coordinate that is not a number gives weights that are none either.
+    return Taps(index.clamp(0, size - 1), torch.where(inside | weight.isnan(), weight, 0))
