@@ -7,6 +7,7 @@ from .linear_focal_dice import LinearArgmax, linear_argmax, linear_focal_dice_lo
 from .norm_act import norm_act
 from .norm_se_residual import norm_se_residual
 from .paste_rois3d import paste_rois_3d
+from .roi_align3d import roi_align_3d
 from .roi_gather3d import roi_gather_3d, roi_gather_each_3d
 from .se_residual import se_residual
 
@@ -23,6 +24,7 @@ __all__ = [
     "norm_act",
     "norm_se_residual",
     "paste_rois_3d",
+    "roi_align_3d",
     "roi_gather_3d",
     "roi_gather_each_3d",
     "se_residual",

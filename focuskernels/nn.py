@@ -12,7 +12,8 @@ from .dense_aspp3d import dense_aspp3d
 from .dilated_conv3d import dilated_conv3d
 from .focal_dice import Mode, check_options, focal_dice_loss
 from .norm_act import Activation, Norm, check_names, group_count, norm_act, recomputing
-from .roi_gather3d import roi_gather_3d
+from .roi_align3d import roi_align_3d
+from .roi_gather3d import check_padding, roi_gather_3d
 from .se_residual import se_residual
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DilatedConv3d",
     "FocalDiceLoss",
     "NormAct3d",
+    "ROIAlign3d",
     "ROIGather3d",
     "SEResBlock3d",
     "SEResidual3d",
@@ -270,6 +272,45 @@ def _branch(channels: int, growth: int, bottleneck: int, dilation: int | Sequenc
     )
 
 
+class ROIAlign3d(nn.Module):
+    """`roi_align_3d` with fixed sizes; its docstring explains them."""
+
+    def __init__(
+        self,
+        output_size: int | Sequence[int],
+        spatial_scale: float | Sequence[float] = 1.0,
+        sampling_ratio: int = -1,
+        aligned: bool = True,
+        *,
+        box_order: str = "zyxzyx",
+    ) -> None:
+        super().__init__()
+        self.output_size = triple(output_size, "output_size")
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+        self.box_order = box_order
+
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """Input (N, C, D, H, W) and rois (K, 7), or (K_n, 6) per sample -> (K, C, d, h, w)."""
+        return roi_align_3d(
+            input,
+            rois,
+            self.output_size,
+            self.spatial_scale,
+            self.sampling_ratio,
+            self.aligned,
+            box_order=self.box_order,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}, box_order={self.box_order}"
+        )
+
+
 class ROIGather3d(nn.Module):
     """`roi_gather_3d` with fixed sizes.
 
@@ -292,8 +333,7 @@ class ROIGather3d(nn.Module):
         self.roi_size = triple(roi_size, "roi_size")
         self.output_size = self.roi_size if output_size is None else triple(output_size, "output_size")
         self.spatial_scales = spatial_scales
-        if padding not in ("zeros", "border"):
-            raise ValueError(f"padding must be 'zeros' or 'border', got {padding!r}")
+        check_padding(padding)
         self.padding: Literal["zeros", "border"] = padding
 
     def forward(self, sources: Sequence[Tensor], centers: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ def roi_gather(x: Tensor) -> Tensor:
     return fk.roi_gather_3d([x, x[:, :2] + 0], centers, 2, (3, 2, 2))
 
 
+def roi_align(x: Tensor) -> Tensor:
+    rois = torch.tensor([[0.0, 0, 1, 2, 3, 4, 5], [1, 0, 0, 0, 9, 2, 1]])[: 2 * len(x)]
+    return fk.roi_align_3d(x, rois, (1, 2, 3), 0.7)
+
+
 def roi_gather_each(x: Tensor) -> list[Tensor]:
     centers = torch.tensor([[0.0, 1, 2, 3], [1, 0, 4, 5]])[: 2 * len(x)] + 0 * x.sum()
     return fk.roi_gather_each_3d(
@@ -52,6 +57,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
         x, x, None, None, torch.ones(1, 4), None, torch.ones(4, 1), None, num_groups=2, norm="group"
     ),
     "paste_rois_3d": paste_rois,
+    "roi_align_3d": roi_align,
     "roi_gather_3d": roi_gather,
     "roi_gather_each_3d": roi_gather_each,
     "se_residual": lambda x: fk.se_residual(
