@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focuskernels import roi_gather_3d
+from focuskernels import roi_gather_each_3d
 
 from ..case import (
     Case,
@@ -87,10 +87,8 @@ def _case(boxes: Boxes, dtype: torch.dtype, layout: str) -> Case:
         return {**inputs, "image": image, "centers": boxes.centers(generator.device)}
 
     def run(decoder: Tensor, encoder: Tensor, heatmaps: Tensor, image: Tensor, centers: Tensor) -> list[Tensor]:
-        return [
-            roi_gather_3d([decoder, image, encoder, heatmaps[:, k : k + 1]], centers[k : k + 1], side)
-            for k, side in enumerate(boxes.sides)
-        ]
+        channels = [None, None, None, range(len(boxes.sides))]
+        return roi_gather_each_3d([decoder, image, encoder, heatmaps], centers, boxes.sides, channels=channels)
 
     def slicing(decoder: Tensor, encoder: Tensor, heatmaps: Tensor, image: Tensor, centers: Tensor) -> list[Tensor]:
         rois = []
@@ -153,4 +151,4 @@ def _grid(center: Tensor, side: int, volume: Triple, dtype: torch.dtype) -> Tens
     return torch.stack([x, y, z], dim=-1)[None]
 
 
-OP = Op("roi_gather_3d", ("roi_gather_3d",), ("roi_gather3d",), cases)
+OP = Op("roi_gather_3d", ("roi_gather_3d", "roi_gather_each_3d"), ("roi_gather3d", "roi_sampling"), cases)
