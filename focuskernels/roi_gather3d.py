@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_float, triple, values_are_readable
-from ._lib import csrc_kernel, define, forbid_double_backward
+from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel
 from .reference import roi_gather3d as reference
 
 Padding: TypeAlias = Literal["zeros", "border"]
@@ -380,6 +380,31 @@ def _fake_centers_backward(grads: Sequence[Tensor], sources: Sequence[Tensor], c
     return torch.empty_like(centers)
 
 
+_MOST_PROGRAMS = 65535  # along the third axis of a CUDA grid
+
+
+def _forward_not_in_triton(sources: Sequence[Tensor], centers: Tensor, *_: Any) -> str | None:
+    for source in sources:
+        if source.dtype == torch.float64:
+            return "no kernel for torch.float64"
+        if source.shape[2:].numel() >= 2**31:
+            return f"{source.shape[2:].numel()} voxels, at most 2^31 - 1 are supported"
+    return f"{len(centers)} ROIs, at most {_MOST_PROGRAMS} are supported" if len(centers) > _MOST_PROGRAMS else None
+
+
+def _backward_not_in_triton(grads: Sequence[Tensor], *arguments: Any) -> str | None:
+    *_, shapes, _first_channels, dtypes, _channels_last, _border = arguments
+    if len(grads) != 1:
+        return "no kernel for ROIs of many sizes"
+    if torch.float64 in (grads[0].dtype, *(reference.DTYPES[dtype] for dtype in dtypes)):
+        return "no kernel for torch.float64"
+    for i in range(len(dtypes)):
+        samples, _, depth, height, width = shapes[5 * i : 5 * i + 5]
+        if depth * height * width >= 2**31 or samples > _MOST_PROGRAMS:
+            return f"a source of {shapes[5 * i : 5 * i + 5]} is too large"
+    return None
+
+
 _OPS = ("roi_gather_3d", "roi_gather_each_3d")
 _BOXES = "Tensor centers, SymInt[] roi_size, SymInt[] output_size, float[] scales, int[] channels"
 _forward = define(
@@ -388,6 +413,7 @@ _forward = define(
     reference=reference.forward,
     fake=_fake_forward,
     cpu=[csrc_kernel("roi_gather_3d_forward")],
+    cuda=[triton_kernel("roi_gather3d", "forward", _forward_not_in_triton)],
 )
 _backward = define(
     f"roi_gather_3d_bwd(Tensor[] grads, Tensor[] bases, {_BOXES}, SymInt[] shapes, SymInt[] first_channels,"
@@ -396,6 +422,7 @@ _backward = define(
     reference=reference.backward,
     fake=_fake_backward,
     cpu=[csrc_kernel("roi_gather_3d_backward")],
+    cuda=[triton_kernel("roi_gather3d", "backward", _backward_not_in_triton)],
 )
 _centers_backward = define(
     f"roi_gather_3d_centers_bwd(Tensor[] grads, Tensor[] sources, {_BOXES}, bool border) -> Tensor",
