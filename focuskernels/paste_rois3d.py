@@ -1,11 +1,14 @@
 """The inverse of cutting ROIs out: small-organ masks written back into a label map."""
 
+import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import require_float, values_are_readable
+from ._lib import csrc_kernel, define
 from .reference import paste_rois3d as reference
 from .roi_gather3d import check_centers
 
@@ -47,7 +50,17 @@ def paste_rois_3d(
         raise ValueError(f"{len(logits)} logits need as many centers and classes, got centers {tuple(centers.shape)}")
     if centers.is_floating_point() and values_are_readable(centers) and bool((centers != centers.trunc()).any()):
         raise ValueError(f"centers must be whole voxels, got {centers.tolist()}")
-    return reference.forward(labels, logits, centers, _class_values(classes, len(logits), labels), threshold)
+    values = _class_values(classes, len(logits), labels).contiguous()
+    places = centers.detach().to(torch.float64).contiguous()
+    return _forward(labels, [roi.detach() for roi in logits], places, values, _limit(logits, threshold))
+
+
+def _limit(logits: Sequence[Tensor], threshold: float) -> float:
+    """The logit of the threshold, rounded as the logits are."""
+    limit = reference.logit(threshold)
+    if any(roi.dtype == torch.float64 for roi in logits):
+        return limit
+    return struct.unpack("f", struct.pack("f", limit))[0]
 
 
 def _check(labels: Tensor, logits: Sequence[Tensor], threshold: float) -> None:
@@ -73,3 +86,16 @@ def _class_values(classes: Sequence[int] | Tensor, count: int, labels: Tensor) -
     if values_are_readable(values) and bool(((values < 0) | (values > 255)).any()):
         raise ValueError(f"classes must lie between 0 and 255, got {values.tolist()}")
     return values
+
+
+def _fake_forward(labels: Tensor, *_: Any) -> Tensor:
+    return labels.new_empty(labels.shape)
+
+
+_forward = define(
+    "paste_rois_3d_fwd(Tensor labels, Tensor[] logits, Tensor centers, Tensor classes, float limit) -> Tensor",
+    op="paste_rois_3d",
+    reference=reference.forward,
+    fake=_fake_forward,
+    cpu=[csrc_kernel("paste_rois_3d")],
+)

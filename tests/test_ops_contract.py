@@ -33,7 +33,7 @@ def roi_gather_each(x: Tensor) -> list[Tensor]:
 
 
 def paste_rois(x: Tensor) -> Tensor:
-    labels = torch.zeros_like(x[:, 0], dtype=torch.uint8)
+    labels = torch.zeros(x[:, 0].shape, dtype=torch.uint8)
     centers = torch.tensor([[0, 1, 2, 3], [1, 0, 4, 5]])[: 2 * len(x)]
     return fk.paste_rois_3d(labels, list(x[:2, 0]), centers, [1, 2][: len(x)])
 

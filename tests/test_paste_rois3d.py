@@ -5,7 +5,9 @@ import torch
 from compare import assert_traceable
 from torch import Tensor
 
+from focuskernels import paste_rois3d as module
 from focuskernels import paste_rois_3d, roi_gather_3d
+from focuskernels.reference import paste_rois3d as reference
 
 
 def by_loop(
@@ -46,6 +48,20 @@ def test_matches_a_loop(threshold: float) -> None:
     assert torch.equal(paste_rois_3d(labels, logits, places, torch.tensor(classes), threshold=threshold), expected)
     assert torch.equal(labels, before)
     assert not torch.equal(expected, labels)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_op_is_the_reference(dtype: torch.dtype, threads: int) -> None:
+    # coarse values, so that there are ties
+    logits = [torch.randn(7, 6, 30).mul(2).round().to(dtype) for _ in range(12)]
+    logits[3][2] = math.nan
+    centers = torch.cat([torch.randint(0, 2, (12, 1)), torch.randint(-3, 12, (12, 3))], dim=1).double()
+    arguments = (labels_of(2, 8, 9, 40), logits, centers, torch.arange(100, 112), 0.0)
+    torch.set_num_threads(threads)
+    actual = module._forward(*arguments)
+    torch.set_num_threads(1)
+    assert torch.equal(actual, reference.forward(*arguments))
 
 
 def test_undoes_the_gather() -> None:

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 
-def forward(labels: Tensor, logits: Sequence[Tensor], centers: Tensor, classes: Tensor, threshold: float) -> Tensor:
-    """Labels (N,D,H,W) with the voxels that each ROI claims; never looks at values, so it needs no synchronisation."""
+def forward(labels: Tensor, logits: Sequence[Tensor], centers: Tensor, classes: Tensor, limit: float) -> Tensor:
+    """Labels (N,D,H,W) with the voxels that each ROI claims by a logit above the limit; needs no synchronisation."""
     dtype = torch.float64 if any(roi.dtype == torch.float64 for roi in logits) else torch.float32
     voxels = labels.numel()
     # One more element takes the writes of the voxels outside the volume.
     painted = torch.cat([labels.flatten(), labels.new_zeros(1)])
     # Comparing logits instead of probabilities also ranks those whose sigmoid rounds to 1.
-    best = torch.full((voxels + 1,), logit(threshold), dtype=dtype, device=labels.device)
+    best = torch.full((voxels + 1,), limit, dtype=dtype, device=labels.device)
     for k, roi in enumerate(logits):
         index = voxel_index(labels.shape, centers[k], roi.shape).flatten()
         value, current = roi.detach().to(dtype).flatten(), best[index]
