@@ -47,7 +47,8 @@ class State:
     Attributes:
         stage: Name of the current stage.
         epoch: Finished epochs of that stage.
-        best: Best validation score so far.
+        best: Best validation score of that stage so far.
+        best_epoch: The epoch that had it.
         seconds: Training time so far.
         history: One entry per finished epoch.
     """
@@ -55,12 +56,15 @@ class State:
     stage: str = STAGES[0]
     epoch: int = 0
     best: float = -1.0
+    best_epoch: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
-    """Trains one model in the folder `out`: `last.pt` after every epoch, `best.pt` by validation, `history.json`.
+    """Trains one model in the folder `out`: `last.pt` after every epoch, `best.pt`, `history.json`.
+
+    `best.pt` is chosen by validation within the latest stage, so that it holds every part trained so far.
 
     Args:
         model: What to train.
@@ -98,7 +102,7 @@ class Trainer:
             if not settings.epochs or (stage != "snet" and not self.model.plan.small_organs):
                 continue
             if stage != self.state.stage or self.optimizer is None:
-                self.state.stage, self.state.epoch = stage, 0
+                self.state.stage, self.state.epoch, self.state.best = stage, 0, -1.0
                 self._start_stage(stage)
             while self.state.epoch < settings.epochs:
                 self._epoch(stage, settings)
@@ -224,7 +228,7 @@ class Trainer:
     def _save(self, result: Validation | None) -> None:
         best = result is not None and result.score >= self.state.best
         if best and result is not None:
-            self.state.best = result.score
+            self.state.best, self.state.best_epoch = result.score, self.state.epoch
         training = {
             "state": vars(self.state),
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
@@ -329,7 +333,11 @@ def start_training(
         )
         reporter.print(f"stopped: {saved}")
         raise
-    reporter.print(f"done: best validation DSC {trainer.state.best:.3f}, {out / 'best.pt'}")
+    state = trainer.state
+    reporter.print(
+        f"done: {out / 'best.pt'} is epoch {state.best_epoch} of stage {state.stage}, validation DSC {state.best:.3f}",
+        highlight=False,
+    )
 
 
 def pick_device(name: str) -> torch.device:

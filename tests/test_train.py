@@ -44,7 +44,9 @@ def test_all_stages_run_and_are_recorded(finished) -> None:
     assert not list(finished.glob("**/.tmp*"))
     model, training = load_checkpoint(finished / "last.pt", CPU)
     assert model.parts == ("snet", "sol", "sos")
-    assert training["state"]["best"] == max(entry.get("score", -1) for entry in history)
+    joint = [entry.get("score", -1) for entry in history if entry["stage"] == "joint"]
+    assert training["state"]["best"] == max(joint)
+    assert load_checkpoint(finished / "best.pt", CPU)[0].parts == model.parts
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, monkeypatch) -> None:
