@@ -1,16 +1,21 @@
 """What all commands share: configuration on the command line, one-line errors, exit codes."""
 
+import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 
 from .config import Config
 from .errors import FocusNetError
+
+if TYPE_CHECKING:
+    import torch
 
 PRESETS = Path(__file__).parent / "presets"
 PIPE_WIDTH = 120
@@ -59,6 +64,27 @@ def config_of(arguments: Namespace) -> Config:
     return Config(**{section.name: arguments[section.name] for section in fields(Config)})
 
 
+def pick_device(name: str) -> "torch.device":
+    """The device of `--device auto|cpu|cuda|cuda:N`; "auto" is the GPU if there is one.
+
+    Raises:
+        FocusNetError: another name, or a GPU that this machine or this build of PyTorch does not have.
+    """
+    import torch  # here, because the commands that need no network start without it
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    kind, colon, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (colon and not (number.isascii() and number.isdigit()))):
+        raise FocusNetError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= gpus:
+        numbers = ", ".join(f"cuda:{i}" for i in range(gpus))
+        found = f"there is only {numbers}" if gpus else "PyTorch finds no GPU here"
+        raise FocusNetError(f"--device {name}: {found}")
+    return torch.device(name)
+
+
 def console(*, stderr: bool = False) -> Console:
     """Where a command reports; wide enough for the tables where the output is a file or a pipe."""
     stream = Console(stderr=stderr)
@@ -86,8 +112,16 @@ def run(main: Callable[[], int]) -> None:
     """Run a command and exit: 0, 2 with one line on an error the user can fix, 130 on Ctrl-C."""
     try:
         status = main()
+        sys.stdout.flush()
     except FocusNetError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = EXIT_ERROR
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_ERROR
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         status = EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

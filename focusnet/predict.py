@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .checkpoint import Model, load_checkpoint
-from .cli import command_parser, parse, run
+from .cli import command_parser, parse, pick_device, run
 from .data.cases import find_cases
 from .data.images import Grid, Volume, read_image, write_labels
 from .data.preprocess import normalize, prepare_image, restore_labels
@@ -19,7 +19,6 @@ from .errors import FocusNetError
 from .files import atomic_write
 from .inference import Segmentation, segment
 from .qc import draw_qc
-from .train import pick_device
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .checkpoint import Model, build_network, load_checkpoint, save_checkpoint
-from .cli import add_config, command_parser, config_of, console, parse, run
+from .cli import add_config, command_parser, config_of, console, parse, pick_device, run
 from .config import Config, StageConfig
+from .data.cache import DEFAULT_CACHE, cache_folder
 from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
 from .errors import FocusNetError
@@ -68,7 +69,7 @@ class Trainer:
 
     Args:
         model: What to train.
-        cache: The prepared data.
+        cache: Folder of the prepared data set.
         out: Folder of the run.
         device: Where to compute.
         console: Where to report.
@@ -289,7 +290,7 @@ def start_training(
     out: Path,
     config: Config,
     *,
-    cache: Path | None = None,
+    cache: Path = DEFAULT_CACHE,
     resume: bool = False,
     device: torch.device,
 ) -> None:
@@ -299,24 +300,26 @@ def start_training(
         source: Folder of cases with CTs and organs.
         out: Folder of the run; must not hold another run unless `resume`.
         config: The configuration; a resumed run keeps its own.
-        cache: Folder of the prepared data; default `out`/cache.
+        cache: Folder for prepared data of all data sets and settings.
         resume: Go on from `out`/last.pt.
         device: Where to compute.
     """
-    reporter, last, cache = console(), out / "last.pt", cache or out / "cache"
+    reporter, last = console(), out / "last.pt"
     if last.exists() and not resume:
         raise FocusNetError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     training = None
     if resume:
         model, training = load_checkpoint(last, device)
-        plan = prepare(source, cache, model.config.data)
+        folder = cache_folder(cache, source, model.config.data)
+        plan = prepare(source, folder, model.config.data)
         if plan.fingerprint != model.plan.fingerprint:
             raise FocusNetError(f"{source} has changed since {last} was written; train anew with another --out")
     else:
-        plan = prepare(source, cache, config.data)
+        folder = cache_folder(cache, source, config.data)
+        plan = prepare(source, folder, config.data)
         torch.manual_seed(config.train.seed)
         model = Model(build_network(config, plan).to(device), config, plan, ())
-    trainer = Trainer(model, cache, out, device, reporter)
+    trainer = Trainer(model, folder, out, device, reporter)
     if training is not None:
         trainer.resume(training)
     names = ", ".join(case.name for case in trainer.validation_cases)
@@ -340,22 +343,12 @@ def start_training(
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except RuntimeError as error:
-        raise FocusNetError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = command_parser("train", "SOURCE --out RUN", "Train S-Net, SOL-Net, SOS-Net, then all of them end to end.")
     parser.add_argument("source", type=Path, help="folder of cases, each with a CT and its organs (docs/data.md)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: last.pt, best.pt, history.json")
-    parser.add_argument("--cache", type=Path, default=None, help="folder for the prepared data (default: OUT/cache)")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for prepared data, as of prepare")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its own configuration")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_config(parser)

@@ -3,8 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from focusnet.cli import add_config, command_parser, config_of, parse
+from focusnet.cli import add_config, command_parser, config_of, parse, pick_device, run
 from focusnet.config import Config
 from focusnet.errors import FocusNetError
 
@@ -82,3 +83,49 @@ def test_only_the_configuration_names_a_preset(option: list[str], tmp_path, monk
     arguments = parse(parser, ["demo", *option])
     assert arguments.source == Path("demo")
     assert config_of(arguments).predict.overlap == 0.25
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "cpu:1", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "gpu", "", "xla"])
+def test_other_devices_are_refused(name: str) -> None:
+    with pytest.raises(FocusNetError, match="expected auto, cpu, cuda or cuda:N"):
+        pick_device(name)
+
+
+def test_a_gpu_must_exist(monkeypatch) -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(FocusNetError, match="--device cuda:99"):
+        pick_device("cuda:99")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FocusNetError, match="--device cuda: PyTorch finds no GPU"):
+        pick_device("cuda")
+    assert pick_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(FocusNetError, match="there is only cuda:0, cuda:1"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "/out"), "error: /out: Permission denied\n"),
+        (OSError("no room"), "error: no room\n"),
+        (FocusNetError("wrong [red]"), "error: wrong [red]\n"),
+    ],
+)
+def test_the_operating_systems_errors_are_one_line(error: Exception, line: str, capsys) -> None:
+    def fail() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(fail)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == line
+
+
+def test_a_closed_pipe_is_silent() -> None:
+    code = "import sys; from focusnet.cli import run; run(lambda: print('x' * 100_000) or 0)"
+    done = subprocess.run(f'{sys.executable} -c "{code}" | head -c 1', shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("x", "")
