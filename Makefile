@@ -10,7 +10,7 @@
 VENV := .venv
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
-TORCH_VERSIONS ?= 2.11.0 2.13.0
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.1
 JOBS ?= 2
 OUT ?= bench/results
 PART ?=

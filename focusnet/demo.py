@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
             phantom.main([str(data / name), "--cases", str(cases), "--seed", str(seed), "--overwrite", *GEOMETRY])
     report.print(Rule("training: S-Net, SOL-Net, SOS-Net, end to end"))
     resume = ["--resume"] if (run_folder / "last.pt").exists() else []
-    train.main([str(data / "train"), "--out", str(run_folder), "--config", "demo", *resume])
+    cache = ["--cache", str(out / "cache")]
+    train.main([str(data / "train"), "--out", str(run_folder), "--config", "demo", *cache, *resume])
     report.print(Rule("prediction and evaluation of phantoms that training never saw"))
     predict.main([str(run_folder / "best.pt"), str(data / "test"), "--out", str(predictions)])
     evaluate.main([str(data / "test"), str(predictions), "--out", str(out / "evaluation")])

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .cli import EXIT_ERROR, add_config, command_parser, config_of, parse, run
 from .config import DataConfig, Triple
-from .data.cache import CaseReport, OrganSize, prepare_cases, set_values, wanted_organs
+from .data.cache import DEFAULT_CACHE, CaseReport, OrganSize, cache_folder, prepare_cases, wanted_organs
 from .data.cases import find_cases
 from .data.organs import canonical_name
 from .data.plan import FloatTriple, OrganPlan, Plan
@@ -32,12 +32,12 @@ def prepare(data: Path, cache: Path, config: DataConfig, *, skip_bad: bool = Fal
 
     Args:
         data: A folder of any layout that `find_cases` knows, with images.
-        cache: Folder for the prepared arrays, their records and plan.json.
+        cache: Folder for the arrays and records of this data set and these settings: see `cache_folder`.
         config: How to prepare.
         skip_bad: Leave out unusable cases instead of failing.
 
     Returns:
-        The plan, also saved as `<cache>/plan.json`.
+        The plan.
 
     Raises:
         FocusNetError: a case is unusable (the first ones are named), or the plan cannot be made.
@@ -48,7 +48,7 @@ def prepare(data: Path, cache: Path, config: DataConfig, *, skip_bad: bool = Fal
         named = "; ".join(f"{report.name}: {report.problems[0]}" for report in bad[:_SHOWN])
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise FocusNetError(f"{len(bad)} of {len(reports)} cases in {data} are unusable: {named}{more}")
-    return _finish(data, cache, config, reports)
+    return _plan_of(data, reports, config)
 
 
 def make_plan(reports: list[CaseReport], config: DataConfig) -> Plan:
@@ -116,16 +116,11 @@ def outliers(reports: list[CaseReport]) -> dict[str, list[str]]:
     return notes
 
 
-def _finish(data: Path, cache: Path, config: DataConfig, reports: list[CaseReport]) -> Plan:
+def _plan_of(data: Path, reports: list[CaseReport], config: DataConfig) -> Plan:
     try:
-        plan = make_plan(reports, config)
+        return make_plan(reports, config)
     except FocusNetError as error:
         raise FocusNetError(f"{error} (in {data})") from error
-    for report in reports:
-        if report.record is not None:
-            set_values(cache, report, plan.organ_names)
-    plan.save(Path(cache) / "plan.json")
-    return plan
 
 
 def _small_organs(sizes: dict[str, list[OrganSize]], config: DataConfig) -> set[str]:
@@ -235,23 +230,25 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DATA",
         help="folder of cases with images and contours (see docs/data.md)",
     )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("runs/cache"), help="folder for the prepared data and plan.json"
-    )
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for prepared data, shared with train")
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable cases instead of failing")
     add_config(parser)
     arguments = parse(parser, argv)
     config = config_of(arguments).data
     console = Console(soft_wrap=True)
-    reports = prepare_cases(find_cases(arguments.source), arguments.cache, config)
+    folder = cache_folder(arguments.cache, arguments.source, config)
+    reports = prepare_cases(find_cases(arguments.source), folder, config)
     _print_reports(console, reports)
     if any(report.problems for report in reports) and not arguments.skip_bad:
         Console(stderr=True, soft_wrap=True).print(
             "error: unusable cases; repair them, or leave them out with --skip-bad"
         )
         return EXIT_ERROR
-    _print_plan(console, _finish(arguments.source, arguments.cache, config, reports))
-    console.print(f"saved {arguments.cache / 'plan.json'}")
+    plan = _plan_of(arguments.source, reports, config)
+    plan.save(folder / "plan.json")
+    _print_plan(console, plan)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    console.print(f"saved in {folder}: plan.json, and {size / 1e6:.0f} MB that train will use", markup=False)
     return 0
 
 

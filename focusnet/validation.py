@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from .checkpoint import Model
-from .data.crops import load_case
+from .data.crops import label_values, load_case
 from .data.plan import CaseRecord
 from .data.preprocess import normalize
 from .evaluate import OrganScore, TableRow, evaluate_pair, format_table, summarize
@@ -57,7 +57,7 @@ def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.d
             largest_component=model.config.predict.largest_component,
             parts=model.parts,
         )
-        scores += _score(model, case, np.asarray(labels), result)
+        scores += _score(model, case, label_values(case, model.plan)[labels], result)
     rows = summarize(scores, model.plan.small_organs)
     means = [row.dsc.mean for row in rows if row.group != "mean" and row.dsc.mean is not None]
     return Validation(float(np.mean(means)) if means else 0.0, rows)

@@ -12,7 +12,8 @@ import torch
 
 from focusnet.config import DataConfig
 from focusnet.data import cache as cache_module
-from focusnet.data.cache import CaseReport, OrganSize, array_paths
+from focusnet.data.cache import CaseReport, OrganSize, array_paths, cache_folder
+from focusnet.data.crops import label_values
 from focusnet.data.images import Grid, Volume, read_labels, write_image, write_labels
 from focusnet.data.plan import CaseRecord, Plan
 from focusnet.errors import FocusNetError
@@ -59,11 +60,10 @@ def test_plan_and_arrays_hold_what_is_in_the_data(tmp_path: Path) -> None:
         assert (image.dtype, labels.dtype) == (np.int16, np.uint8)
         assert image.shape == labels.shape == case.shape
         for organ in case.organs:
-            found = labels == plan.organ_names.index(organ) + 1
+            found = labels == case.organs.index(organ) + 1
             assert found.sum() == case.voxels[organ]
             np.testing.assert_allclose(np.argwhere(found).mean(axis=0), case.centers[organ])
             assert abs(image[found].mean() - (200 if organ == "Brainstem" else 400)) < 10
-    assert Plan.load(tmp_path / "cache" / "plan.json") == plan
 
 
 def test_preparing_again_reuses_every_case(tmp_path: Path) -> None:
@@ -129,17 +129,49 @@ def test_an_interrupted_case_is_made_again(tmp_path: Path, monkeypatch: pytest.M
     assert not [path for path in cache.rglob("*") if path.name.startswith(".tmp")]
 
 
-def test_a_new_organ_renumbers_the_cached_labels(tmp_path: Path) -> None:
+def test_a_new_organ_in_one_case_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     data, cache = write_data(tmp_path / "data", 2), tmp_path / "cache"
     prepare(data, cache, CONFIG)
-    image_stamp = stamps(cache)["case_0.image.npy"]
+    before = stamps(cache)
     write_labels(data / "case_1" / "structures" / "Cochlea_L.nrrd", mask((9, 11), (9, 11), (9, 11)), GRID)
     plan = prepare(data, cache, CONFIG)
     assert plan.organ_names == ["Brainstem", "Cochlea_L", "Eye_L", "Eye_R"]
-    assert stamps(cache)["case_0.image.npy"] == image_stamp
+    assert {name for name, stamp in stamps(cache).items() if stamp == before[name]} == {
+        f"case_0.{part}" for part in ("image.npy", "labels.npy", "json")
+    }
     _, labels = arrays(cache, "case_0")
-    assert np.unique(labels).tolist() == [0, 1, 3, 4]
+    assert np.unique(label_values(plan.cases[0], plan)[labels]).tolist() == [0, 1, 3, 4]
     assert plan == prepare(data, tmp_path / "fresh", CONFIG)
+
+
+def test_every_data_set_and_way_of_preparing_has_its_own_folder(tmp_path: Path) -> None:
+    root, one, other = tmp_path / "cache", tmp_path / "a" / "data", tmp_path / "b" / "data"
+    folder = cache_folder(root, one, CONFIG)
+    assert folder.parent == root and folder.name.startswith("data-3x2x2mm-")
+    assert cache_folder(root, one / ".." / "data", CONFIG) == folder
+    plans = [replace(CONFIG, roi_scale=5.0), replace(CONFIG, small_organs=["Eye_L"]), replace(CONFIG, small_voxels=9)]
+    assert {cache_folder(root, one, config) for config in plans} == {folder}
+    arrays_ = [
+        replace(CONFIG, spacing=(3.0, 2.0, 2.5)),
+        replace(CONFIG, hu_range=(-500.0, 500.0)),
+        replace(CONFIG, body_margin_mm=5.0),
+        replace(CONFIG, organs=["Eye_L"]),
+    ]
+    assert len({folder, cache_folder(root, other, CONFIG), *(cache_folder(root, one, c) for c in arrays_)}) == 6
+    named = [replace(CONFIG, organs=names) for names in (["Eye_L", "Brainstem"], ["BrainStem", "Eye_L"])]
+    assert len({cache_folder(root, one, config) for config in named}) == 1
+
+
+def test_preparing_two_ways_in_turn_prepares_each_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, cache = write_data(tmp_path / "data[1]", 2), tmp_path / "cache"
+    options = [str(data), "--cache", str(cache), "--data.body_margin_mm", "4", "--data.spacing"]
+    assert main([*options, "[3,2,2]"]) == 0
+    folder = cache_folder(cache, data, CONFIG)
+    assert f"saved in {folder}: plan.json" in capsys.readouterr().out
+    before = stamps(folder)
+    assert main([*options, "[3,3,3]"]) == main([*options, "[3,2,2]"]) == 0
+    assert stamps(folder) == before
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +194,7 @@ def test_the_smaller_organ_wins_an_overlap(tmp_path: Path, seed: int) -> None:
     write_labels(folder / "Brain.nrrd", mask((2, 10), (4, 20), (4, 20)), GRID)
     plan = prepare(tmp_path / "data", tmp_path / "cache", CONFIG)
     _, labels = arrays(tmp_path / "cache", "p")
-    counts = dict(zip(["", *plan.organ_names], np.bincount(labels.ravel()).tolist(), strict=True))
+    counts = dict(zip(["", *plan.cases[0].organs], np.bincount(labels.ravel()).tolist(), strict=True))
     assert counts["Lens_L"] == 8
     assert counts["Eye_L"] == 6 * 36 - 8
     assert counts["Brain"] == 8 * 256 - 6 * 36
@@ -222,14 +254,15 @@ def test_every_problem_of_every_case_is_reported(tmp_path: Path, capsys: pytest.
     ):
         assert any(case in line and cause in line for line in printed.splitlines()), (case, cause)
     assert "5 unusable" in printed
-    assert not (cache / "plan.json").exists()
+    assert not list(cache.rglob("plan.json"))
     with pytest.raises(FocusNetError, match=r"5 of 6 cases .* case_1: .* and 2 more") as caught:
         prepare(data, cache, CONFIG)
     assert "\n" not in str(caught.value)
     assert main([*options, "--skip-bad"]) == 0
     printed = capsys.readouterr().out
     assert "Brainstem" in printed
-    assert [case.name for case in Plan.load(cache / "plan.json").cases] == ["case_0"]
+    (path,) = cache.rglob("plan.json")
+    assert [case.name for case in Plan.load(path).cases] == ["case_0"]
 
 
 def test_chosen_organs_alone_are_read(tmp_path: Path) -> None:

@@ -27,8 +27,12 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    start_training(data, out, tiny_config(), device=CPU)
+    start(data, out, tiny_config())
     return out
+
+
+def start(data, out, config, **options) -> None:
+    start_training(data, out, config, cache=data.parent / "cache", device=CPU, **options)
 
 
 def weights(path):
@@ -63,8 +67,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_epoch", stop_in_the_fourth_epoch)
         with pytest.raises(KeyboardInterrupt):
-            start_training(data, out, tiny_config(), device=CPU)
-    start_training(data, out, Config(), resume=True, device=CPU)
+            start(data, out, tiny_config())
+    start(data, out, Config(), resume=True)
     expected, found = weights(finished / "last.pt"), weights(out / "last.pt")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     best_expected, best_found = weights(finished / "best.pt"), weights(out / "best.pt")
@@ -76,9 +80,11 @@ def test_kill_minus_9_loses_at_most_one_epoch(data, tmp_path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from tests.tiny import tiny_config; "
         "from focusnet.train import start_training; "
-        "start_training(Path(sys.argv[1]), Path(sys.argv[2]), tiny_config(), device=torch.device('cpu'))"
+        "data, out, cache = map(Path, sys.argv[1:]); "
+        "start_training(data, out, tiny_config(), cache=cache, device=torch.device('cpu'))"
     )
-    running = subprocess.Popen([sys.executable, "-c", program, str(data), str(out)], stdout=subprocess.DEVNULL)
+    arguments = [sys.executable, "-c", program, str(data), str(out), str(data.parent / "cache")]
+    running = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / "last.pt").exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.01)
@@ -94,7 +100,7 @@ def test_frozen_parts_do_not_move_nor_do_their_norms(data, tmp_path) -> None:
         config.model.norm = "batch"
         for stage in STAGES:
             getattr(config.train, stage).epochs = epochs.get(stage, 0)
-        start_training(data, tmp_path / name, config, device=CPU)
+        start(data, tmp_path / name, config)
         return weights(tmp_path / name / "last.pt")
 
     snet_only, with_sol, with_sos = (
@@ -123,19 +129,19 @@ def test_learning_reduces_the_loss(data, tmp_path) -> None:
         steps_per_epoch=20,
         augment=AugmentConfig(rotation_deg=(0.0, 0.0, 0.0), zoom=(0.0, 0.0, 0.0), mirror=False),
     )
-    start_training(data, tmp_path / "run", config, device=CPU)
+    start(data, tmp_path / "run", config)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
 
 
 def test_a_run_is_not_overwritten(data, finished) -> None:
     with pytest.raises(FocusNetError, match="--resume"):
-        start_training(data, finished, tiny_config(), device=CPU)
+        start(data, finished, tiny_config())
 
 
 def test_resume_without_a_run(data, tmp_path) -> None:
     with pytest.raises(FocusNetError, match="last.pt"):
-        start_training(data, tmp_path / "none", tiny_config(), resume=True, device=CPU)
+        start(data, tmp_path / "none", tiny_config(), resume=True)
 
 
 def test_truncated_checkpoint(finished, tmp_path) -> None:

@@ -10,6 +10,8 @@ pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 if nvidia-smi >/dev/null 2>&1; then
     pip install -q "$torch"
 else
-    pip install -q --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null ||
+    pip install -q --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu "$torch" || {
+        echo "the CPU build of $torch was not to be had (see above); taking the default build" >&2
         pip install -q "$torch"
+    }
 fi

@@ -1,8 +1,10 @@
 """The cache: every case prepared once, as memory-mappable arrays beside a record of what was found.
 
-`<cache>/cases/<name>.image.npy` (int16 HU), `<name>.labels.npy` (uint8) and `<name>.json`. The record is
-written last and holds the arrays' checksums, so that an interrupted, changed or damaged case is noticed and
-prepared again.
+A cache has one folder per data set and set of settings (`cache_folder`). In it lie
+`cases/<name>.image.npy` (int16 HU), `<name>.labels.npy` (uint8, `n` is the n-th of the record's organs) and
+`<name>.json`. The record is written last and holds the arrays' checksums, so that an interrupted, changed or
+damaged case is noticed and prepared again. What is stored of a case depends on that case and these settings
+alone, so that runs with other plans share it.
 """
 
 import dataclasses
@@ -30,7 +32,8 @@ from .organs import canonical_name, overlap_order
 from .plan import CaseRecord, FloatTriple, case_record
 from .preprocess import BODY_HU, body_box, prepare_image, reorient
 
-FORMAT = 1
+DEFAULT_CACHE = Path("runs/cache")
+FORMAT = 2
 WORKERS = 2
 POOL_FROM = 5
 MIN_VOXELS = 8
@@ -58,7 +61,6 @@ class CaseReport:
         problems: Why the case cannot be used, one line each; empty if it can.
         notes: What a person should know, though the case is usable.
         sizes: The contoured organs on the original grid.
-        values: Organ of every label value 1, 2, ... in the cached label map.
         record: The prepared case; None if it is unusable.
     """
 
@@ -67,13 +69,23 @@ class CaseReport:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sizes: dict[str, OrganSize] = field(default_factory=dict)
-    values: list[str] = field(default_factory=list)
     record: CaseRecord | None = None
 
 
+def cache_folder(root: Path, data: Path, config: DataConfig) -> Path:
+    """The folder within the cache `root` for one data set, as prepared with the settings that shape arrays.
+
+    Raises:
+        FocusNetError: the configuration names an unknown organ.
+    """
+    source = Path(data).resolve()
+    digest = _digest([FORMAT, str(source), _array_settings(config)])
+    return Path(root) / f"{source.name}-{'x'.join(f'{side:g}' for side in config.spacing)}mm-{digest[:8]}"
+
+
 def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[CaseReport]:
-    """Check and prepare cases, reusing what the cache holds; two processes share the work when there is much
-    of it.
+    """Check and prepare cases, reusing what the folder `cache` holds; two processes share the work when there
+    is much of it.
 
     Returns:
         One report per case, in the order of `cases`; unusable ones have `problems` and no arrays.
@@ -81,31 +93,16 @@ def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[Ca
     Raises:
         FocusNetError: the configuration names an unknown organ, or the cache cannot be written.
     """
-    values = wanted_organs(config) or sorted({organ for case in cases for organ in case.organs})
     fingerprints = {case.name: _fingerprint(case, config) for case in cases}
     reports: dict[str, CaseReport] = {}
     for case in cases:
         cached = _load(cache, case.name, fingerprints[case.name])
         if cached is not None:
             reports[case.name] = cached
-    jobs = [(case, cache, config, values, fingerprints[case.name]) for case in cases if case.name not in reports]
+    jobs = [(case, cache, config, fingerprints[case.name]) for case in cases if case.name not in reports]
     for report in _progress(_run(jobs), len(jobs)):
         reports[report.name] = report
     return [reports[case.name] for case in cases]
-
-
-def set_values(cache: Path, report: CaseReport, values: list[str]) -> None:
-    """Make the cached label map count its organs in the order of `values`."""
-    if report.values == values:
-        return
-    _, path = array_paths(cache, report.name)
-    table = np.zeros(256, np.uint8)
-    for value, organ in enumerate(report.values, start=1):
-        table[value] = values.index(organ) + 1 if organ in values else 0
-    labels = table[np.load(path, allow_pickle=False)]
-    report.values = values
-    _save_array(path, labels)
-    _save_record(cache, report)
 
 
 def array_paths(cache: Path, name: str) -> tuple[Path, Path]:
@@ -131,7 +128,7 @@ def wanted_organs(config: DataConfig) -> list[str] | None:
     return names
 
 
-Job = tuple[Case, Path, DataConfig, list[str], str]
+Job = tuple[Case, Path, DataConfig, str]
 
 
 def _run(jobs: list[Job]) -> Iterator[CaseReport]:
@@ -171,11 +168,12 @@ def _progress(reports: Iterator[CaseReport], total: int) -> Iterable[CaseReport]
 
 
 def _build(job: Job) -> CaseReport:
-    case, cache, config, values, fingerprint = job
-    report = CaseReport(case.name, fingerprint, list(case.problems), values=values)
+    case, cache, config, fingerprint = job
+    report = CaseReport(case.name, fingerprint, list(case.problems))
     (report.problems if config.organs is None else report.notes).extend(case.unknown)
     image, grid = _read_ct(case, report)
-    painted = _paint(case, grid, values, report)
+    order = overlap_order(wanted_organs(config) or case.organs)
+    painted = _paint(case, grid, order, report)
     if report.problems or image is None or painted is None:
         return report
     prepared = prepare_image(image, config)
@@ -183,15 +181,15 @@ def _build(job: Job) -> CaseReport:
         size, spacing = _times(prepared.array.shape), _times(config.spacing)
         report.problems.append(f"its body is only {size} voxels at {spacing} mm, expected {MIN_VOXELS} or more")
         return report
-    _check_cropping(painted, body_box(image, config.body_margin_mm), values, report)
-    labels = _as_values(resample(Volume(painted, image.grid), prepared.grid, labels=True).array, values)
-    report.record = _record(labels, values, report)
+    _check_cropping(painted, body_box(image, config.body_margin_mm), order, report)
+    ranks = resample(Volume(painted, image.grid), prepared.grid, labels=True).array
+    report.record = _record(ranks, order, report)
     if not report.record.organs:
         report.problems.append("no organ is contoured within the body")
         return report
     image_path, labels_path = array_paths(cache, case.name)
     _save_array(image_path, prepared.array)
-    _save_array(labels_path, labels)
+    _save_array(labels_path, _numbered(ranks, order, report.record.organs))
     _save_record(cache, report)
     return report
 
@@ -216,13 +214,12 @@ def _read_ct(case: Case, report: CaseReport) -> tuple[Volume | None, Grid | None
     return reorient(volume), volume.grid
 
 
-def _paint(case: Case, grid: Grid | None, values: list[str], report: CaseReport) -> np.ndarray | None:
-    """Label map (uint8) along the patient's axes of each organ's rank in `overlap_order`: the smaller organ
-    has the larger one."""
-    ranks = {organ: rank for rank, organ in enumerate(overlap_order(values), start=1)}
+def _paint(case: Case, grid: Grid | None, order: list[str], report: CaseReport) -> np.ndarray | None:
+    """Label map (uint8) along the patient's axes of each organ's rank in `order`, where the larger rank wins."""
+    ranks = {organ: rank for rank, organ in enumerate(order, start=1)}
     painted: np.ndarray | None = None
     found = 0
-    for part in _parts(case, values):
+    for part in _parts(case, order):
         try:
             for organ, stored, mask_grid in iter_masks(part, grid, allow_unknown=True):
                 if organ not in ranks:
@@ -246,7 +243,7 @@ def _paint(case: Case, grid: Grid | None, values: list[str], report: CaseReport)
     return painted
 
 
-def _parts(case: Case, values: list[str]) -> Iterator[Case]:
+def _parts(case: Case, organs: list[str]) -> Iterator[Case]:
     """The case's files one by one, so that each of them is checked whatever the others are like.
 
     They go without the image: its grid is known by now, or its problem is reported already.
@@ -255,7 +252,7 @@ def _parts(case: Case, values: list[str]) -> Iterator[Case]:
     if case.multilabel is not None:
         yield dataclasses.replace(case, masks={})
     for organ in sorted(case.masks):
-        if organ in values:
+        if organ in organs:
             yield dataclasses.replace(case, masks={organ: case.masks[organ]}, multilabel=None, label_values={})
 
 
@@ -277,33 +274,36 @@ def _size(inside: np.ndarray, grid: Grid) -> OrganSize:
     return OrganSize(voxels, voxels * grid.voxel_mm3, (z, y, x))
 
 
-def _check_cropping(painted: np.ndarray, box: tuple[slice, ...], values: list[str], report: CaseReport) -> None:
+def _check_cropping(painted: np.ndarray, box: tuple[slice, ...], order: list[str], report: CaseReport) -> None:
     before, after = (np.bincount(part.ravel(), minlength=256) for part in (painted, painted[box]))
-    for rank, organ in enumerate(overlap_order(values), start=1):
+    for rank, organ in enumerate(order, start=1):
         lost = 1 - after[rank] / before[rank] if before[rank] else 0
         if lost > 0.01:
             report.notes.append(f"{organ}: {lost:.0%} of it lies outside of the body and is cut off")
 
 
-def _as_values(ranks: np.ndarray, values: list[str]) -> np.ndarray:
+def _numbered(ranks: np.ndarray, order: list[str], organs: list[str]) -> np.ndarray:
+    """The label map in which `n` is the n-th of `organs`."""
     table = np.zeros(256, np.uint8)
-    for rank, organ in enumerate(overlap_order(values), start=1):
-        table[rank] = values.index(organ) + 1
+    for value, organ in enumerate(organs, start=1):
+        table[order.index(organ) + 1] = value
     return table[ranks]
 
 
-def _record(labels: np.ndarray, values: list[str], report: CaseReport) -> CaseRecord:
+def _record(ranks: np.ndarray, order: list[str], report: CaseReport) -> CaseRecord:
     from scipy import ndimage
 
-    z, y, x = labels.shape
+    z, y, x = ranks.shape
     record = CaseRecord(report.name, (z, y, x), [], {}, {})
-    boxes = ndimage.find_objects(labels, max_label=len(values))
-    for value, (organ, box) in enumerate(zip(values, boxes, strict=True), start=1):
+    boxes = ndimage.find_objects(ranks, max_label=len(order))
+    for organ in sorted(order):
+        rank = order.index(organ) + 1
+        box = boxes[rank - 1]
         if box is None:
             if report.sizes.pop(organ, None) is not None:
                 report.notes.append(f"{organ}: nothing of it is left on the prepared grid, it counts as not contoured")
             continue
-        points = np.nonzero(labels[box] == value)
+        points = np.nonzero(ranks[box] == rank)
         center = [float(along.mean() + side.start) for along, side in zip(points, box, strict=True)]
         record.organs.append(organ)
         record.centers[organ] = (center[0], center[1], center[2])
@@ -316,10 +316,18 @@ def _times(numbers: Iterable[float]) -> str:
 
 
 def _fingerprint(case: Case, config: DataConfig) -> str:
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PLAN_FIELDS}
     files = [part for file in case.files for part in (sorted(file.iterdir()) if file.is_dir() else [file])]
     stamps = [(f"{file.parent.name}/{file.name}", *_stamp(file)) for file in files]
-    content = [FORMAT, settings, stamps, sorted(case.label_values.items()), case.problems, case.unknown]
+    labels = sorted(case.label_values.items())
+    return _digest([FORMAT, _array_settings(config), stamps, labels, case.problems, case.unknown])
+
+
+def _array_settings(config: DataConfig) -> dict[str, Any]:
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _PLAN_FIELDS}
+    return {**settings, "organs": sorted(wanted_organs(config) or [])}
+
+
+def _digest(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -368,6 +376,6 @@ def _load(cache: Path, name: str, fingerprint: str) -> CaseReport | None:
             for organ, size in content["sizes"].items()
         }
         record = case_record(content["record"])
-        return CaseReport(name, fingerprint, [], content["notes"], sizes, content["values"], record)
+        return CaseReport(name, fingerprint, [], content["notes"], sizes, record)
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..config import AugmentConfig, Config
 from ..errors import FocusNetError
+from .cache import array_paths
 from .organs import mirror_name
 from .plan import CaseRecord, Plan
 from .preprocess import normalize
@@ -37,7 +38,7 @@ class CropDataset(Dataset[Crop]):
 
     Args:
         plan: The plan of the data set.
-        cache: Folder filled by `focusnet.prepare`.
+        cache: Folder of the prepared data set: see `cache_folder`.
         cases: The cases to draw from.
         config: The configuration.
         length: Number of crops per epoch; item `i` belongs to epoch `i // length`.
@@ -64,6 +65,7 @@ class CropDataset(Dataset[Crop]):
         center = _crop_center(case, organs, size, self.config.train.organ_crops, rng)
         to_source = _random_affine(self.config.train.augment, spacing, rng)
         hu, label = cut(image, labels, center, to_source, size, fill=self.config.data.hu_range[0])
+        label = torch.from_numpy(label_values(case, self.plan))[label.long()]
         hu = _change_intensity(hu, self.config.train.augment, rng)
         points = self._points(case, center, to_source, size)
         if self.mirrored_labels is not None and rng.random() < 0.5:
@@ -90,11 +92,17 @@ class CropDataset(Dataset[Crop]):
 
 
 def load_case(cache: Path, case: CaseRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Memory-mapped HU (int16) and labels (uint8) of a prepared case, both (D, H, W)."""
-    folder = cache / "cases"
-    image = np.load(folder / f"{case.name}.image.npy", mmap_mode="r", allow_pickle=False)
-    labels = np.load(folder / f"{case.name}.labels.npy", mmap_mode="r", allow_pickle=False)
+    """Memory-mapped HU (int16) and stored labels (uint8) of a prepared case, both (D, H, W)."""
+    image, labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in array_paths(cache, case.name))
     return image, labels
+
+
+def label_values(case: CaseRecord, plan: Plan) -> np.ndarray:
+    """Lookup table (256,), uint8: label value in the cache -> label value of the plan."""
+    table = np.zeros(256, np.uint8)
+    for value, organ in enumerate(case.organs, start=1):
+        table[value] = plan.organ_names.index(organ) + 1
+    return table
 
 
 def cut(

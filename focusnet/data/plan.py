@@ -47,7 +47,7 @@ class CaseRecord:
     Attributes:
         name: Name of the case.
         shape: Shape of the prepared arrays.
-        organs: Organs contoured in this case.
+        organs: Organs contoured in this case; the label value of each in the cache is its position + 1.
         centers: Centre of mass of every contoured organ.
         voxels: Voxels of every contoured organ in the prepared label map.
     """
