@@ -69,6 +69,17 @@ def test_centers_follow_the_organs(prepared, augment) -> None:
     assert checked > 12
 
 
+def test_labels_are_counted_as_the_plan_counts(tmp_path) -> None:
+    config = tiny_config(augment=NOTHING, crop=(20, 30, 32))
+    config.data.organs = ["Eye_R", "Brainstem"]
+    config.data.small_organs = []
+    plan = prepare(write_data(tmp_path / "data", 1), tmp_path / "cache", config.data)
+    crop = CropDataset(plan, tmp_path / "cache", plan.cases, config, length=1, focus=[])[0]
+    assert crop.labels.unique().tolist() == [0, 1, 2]
+    assert crop.image[0][crop.labels == 1].mean() == pytest.approx(0.5, abs=0.01)  # 400 HU
+    assert crop.image[0][crop.labels == 2].mean() == pytest.approx(0.3, abs=0.01)
+
+
 def test_mirroring_swaps_left_and_right(prepared) -> None:
     plan, _ = prepared
     data = dataset(prepared, AugmentConfig((0, 0, 0), (0, 0, 0), 0, 0, mirror=True), crop=(20, 30, 32))
