@@ -60,8 +60,14 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 
 
 def config_of(arguments: Namespace) -> Config:
-    """The configuration among parsed arguments."""
-    return Config(**{section.name: arguments[section.name] for section in fields(Config)})
+    """The configuration among parsed arguments, its values checked.
+
+    Raises:
+        FocusNetError: a value is out of range.
+    """
+    config = Config(**{section.name: arguments[section.name] for section in fields(Config)})
+    config.check()
+    return config
 
 
 def pick_device(name: str) -> "torch.device":

@@ -4,7 +4,11 @@ Tuples of three are (z, y, x). Defaults are the paper's (MICCAI 2019) or, where 
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any, Literal
 
 from .errors import FocusNetError
@@ -198,6 +202,53 @@ class PredictConfig:
     largest_component: bool = True
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def _each(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
+    """A condition on every number in a setting."""
+    return lambda value: all(math.isfinite(n) and holds(n) for n in _numbers(value))
+
+
+# what is expected, whether a value is that, and the settings of which it is expected
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "above 0",
+        _each(lambda n: n > 0),
+        "data.spacing data.roi_scale loss.heatmap_sigma_mm train.*.lr train.*.decay",
+    ),
+    (
+        "at least 0",
+        _each(lambda n: n >= 0),
+        "data.small_voxels data.body_margin_mm model.dilated_blocks loss.gamma loss.alpha loss.smooth loss.*_weight "
+        "train.steps_per_epoch train.seed train.workers train.augment.*_hu train.*.epochs train.*.warmup "
+        "train.*.weight_decay",
+    ),
+    (
+        "at least 1",
+        _each(lambda n: n >= 1),
+        "model.widths model.downsampling model.aspp_* model.se_reduction model.sos_width train.batch_size "
+        "train.validate_every",
+    ),
+    ("at least 2", _each(lambda n: n >= 2), "data.roi_size"),
+    ("at least 8", _each(lambda n: n >= 8), "train.crop"),
+    ("odd and positive", _each(lambda n: n > 0 and n % 2 == 1), "model.stem_kernel"),
+    ("from 0 to 180", _each(lambda n: 0 <= n <= 180), "train.augment.rotation_deg"),
+    ("from 0 to 1", _each(lambda n: 0 <= n <= 1), "train.organ_crops train.*.milestones predict.min_peak"),
+    ("at least 0 and below 1", _each(lambda n: 0 <= n < 1), "train.validation train.augment.zoom predict.overlap"),
+    ("finite", _each(math.isfinite), "data.hu_range"),
+    ("in ascending order", lambda v: all(a < b for a, b in pairwise(v)), "data.hu_range train.*.milestones"),
+    ("at most 4 strides", lambda v: len(v) <= 4, "model.downsampling"),
+    ("at least one block at every resolution", all, "model.widths"),
+    ("null or a list that is not empty", lambda v: v != [], "data.organs loss.alpha train.validation_cases"),
+)
+
+
 @dataclass
 class Config:
     """The whole configuration."""
@@ -214,16 +265,51 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`; checks names and types.
+        """The inverse of `to_dict`; checks names, types and values.
 
         Raises:
-            FocusNetError: an unknown setting or a wrong type.
+            FocusNetError: an unknown setting, a wrong type or value.
         """
         from jsonargparse import ArgumentError, ArgumentParser
 
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "config")
         try:
-            return parser.instantiate(parser.parse_object({"config": values})).config
+            config: Config = parser.instantiate(parser.parse_object({"config": values})).config
         except ArgumentError as error:
             raise FocusNetError(f"wrong configuration: {' '.join(str(error).split())}") from error
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Check what types cannot tell.
+
+        Raises:
+            FocusNetError: a value out of range, or settings that contradict each other; names setting and value.
+        """
+        settings = _settings(self)
+        for expected, holds, patterns in _RULES:
+            for name, value in settings.items():
+                if any(fnmatchcase(name, pattern) for pattern in patterns.split()) and not holds(value):
+                    raise FocusNetError(f"{name} is {value}, expected {expected}")
+        widths, strides, crop = self.model.widths, self.model.downsampling, self.train.crop
+        if len(widths) != len(strides) + 1:
+            raise FocusNetError(
+                f"model.widths lists {len(widths)} resolutions, expected one more than the {len(strides)} strides of "
+                "model.downsampling"
+            )
+        # the norms need more than one voxel at the lowest resolution
+        lowest = tuple(2 * math.prod(stride[axis] for stride in strides) for axis in range(3))
+        if any(side < least for side, least in zip(crop, lowest)):
+            raise FocusNetError(
+                f"train.crop is {crop}, expected at least {lowest}, twice the total stride of model.downsampling"
+            )
+
+
+def _settings(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its name on the command line."""
+    found: dict[str, Any] = {}
+    for one in dataclasses.fields(section):
+        name, value = prefix + one.name, getattr(section, one.name)
+        found |= _settings(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return found

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from focuskernels import focal_dice_loss, heatmap_argmax_3d, roi_gather_3d
+from focuskernels import focal_dice_loss, heatmap_argmax_3d, roi_gather_each_3d
 
 from .config import LossConfig
 from .data.crops import Crop
@@ -72,36 +72,38 @@ def heatmap_loss(heatmaps: Tensor, crop: Crop, spacing: Sequence[float], sigma_m
 def sos_loss(
     network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig
 ) -> Tensor | None:
-    """Mean binary focal plus dice loss of the small organs whose centre lies in the crop; None if there is none."""
+    """Mean binary focal plus dice loss of the small organs whose centre lies in their crop; None if there is none."""
     shape = crop.centers.new_tensor(crop.labels.shape[1:])
     inside = ((crop.centers >= 0) & (crop.centers <= shape - 1)).all(dim=-1)
-    peaks = heatmap_argmax_3d(heatmaps.detach()).index
-    losses = []
-    for organ, name in enumerate(plan.small_organs):
-        samples = inside[:, organ].nonzero()[:, 0]
-        if len(samples) == 0:
-            continue
-        truth = crop.centers[samples, organ].round().long()
-        centers = _roi_centers(peaks[samples, organ], truth, network.roi_sizes[organ])
-        centers = torch.cat([samples[:, None], centers], dim=1)
-        logits = network.segment_roi(organ, crop.image, snet, heatmaps, centers)
-        mask = (crop.labels == plan.organ_names.index(name) + 1).unsqueeze(1).to(logits.dtype)
-        target = roi_gather_3d([mask], centers, network.roi_sizes[organ]) > 0.5
-        losses.append(
-            focal_dice_loss(
-                logits,
-                target,
-                activation="sigmoid",
-                gamma=config.gamma,
-                dice_weight=config.dice_weight,
-                smooth=config.smooth,
-            )
+    samples, organs = inside.nonzero(as_tuple=True)
+    if len(samples) == 0:
+        return None
+    owners = organs.tolist()
+    sizes = [network.roi_sizes[organ] for organ in owners]
+    peaks = heatmap_argmax_3d(heatmaps.detach()).index[samples, organs]
+    found = _roi_centers(peaks, crop.centers[samples, organs].round().long(), torch.tensor(sizes, device=peaks.device))
+    centers = torch.cat([samples[:, None], found], dim=1)
+    logits = network.segment_rois(owners, crop.image, snet, heatmaps, centers)
+    labels = roi_gather_each_3d([crop.labels.unsqueeze(1).float()], centers, sizes)
+    values = [plan.organ_names.index(plan.small_organs[organ]) + 1 for organ in owners]
+    losses = [
+        focal_dice_loss(
+            roi[None],
+            label == value,
+            activation="sigmoid",
+            gamma=config.gamma,
+            dice_weight=config.dice_weight,
+            smooth=config.smooth,
         )
-    return torch.stack(losses).mean() if losses else None
+        for roi, label, value in zip(logits, labels, values, strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
-def _roi_centers(peaks: Tensor, truth: Tensor, roi_size: Sequence[int]) -> Tensor:
-    """The heat map's peak, as in prediction; the true centre where the peak is so far off that the ROI misses."""
-    quarter = peaks.new_tensor([n // 4 for n in roi_size])
-    near = ((peaks - truth).abs() <= quarter).all(dim=1, keepdim=True)
+def _roi_centers(peaks: Tensor, truth: Tensor, sizes: Tensor) -> Tensor:
+    """The heat map's peak, as in prediction; the true centre where the peak is so far off that the ROI misses.
+
+    All of them (K, 3).
+    """
+    near = ((peaks - truth).abs() <= sizes // 4).all(dim=1, keepdim=True)
     return torch.where(near, peaks, truth)

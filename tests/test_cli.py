@@ -1,13 +1,16 @@
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 
 from focusnet.cli import add_config, command_parser, config_of, parse, pick_device, run
-from focusnet.config import Config
+from focusnet.config import _RULES, Config, LossConfig, _settings
+from focusnet.data.plan import OrganPlan, Plan
 from focusnet.errors import FocusNetError
+from focusnet.losses import focal_alpha
 
 
 def config(*arguments: str) -> Config:
@@ -57,6 +60,70 @@ def test_unknown_setting_of_a_checkpoint() -> None:
     values = Config().to_dict()
     values["model"]["colour"] = "red"
     with pytest.raises(FocusNetError, match="colour"):
+        Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("data.spacing", "[2.5,0,1]"),
+        ("data.hu_range", "[100,-100]"),
+        ("data.hu_range", "[0,.inf]"),
+        ("data.organs", "[]"),
+        ("data.roi_size", "[0,8,8]"),
+        ("data.roi_scale", "-1"),
+        ("model.widths", "[]"),
+        ("model.widths", "[[32]]"),
+        ("model.widths", "[[32],[]]"),
+        ("model.widths", "[[32],[48,0]]"),
+        ("model.downsampling", "[[1,2,0]]"),
+        ("model.downsampling", "[[1,2,2],[1,1,1],[1,1,1],[1,1,1],[1,1,1]]"),
+        ("model.stem_kernel", "[1,4,3]"),
+        ("model.stem_kernel", "[-1,3,3]"),
+        ("loss.alpha", "[1,-1]"),
+        ("loss.alpha", "[]"),
+        ("loss.gamma", "-1"),
+        ("loss.heatmap_sigma_mm", "0"),
+        ("loss.dice_weight", ".nan"),
+        ("train.crop", "[7,16,16]"),
+        ("train.batch_size", "0"),
+        ("train.steps_per_epoch", "-1"),
+        ("train.organ_crops", "1.1"),
+        ("train.validation", "1"),
+        ("train.validate_every", "0"),
+        ("train.seed", "-1"),
+        ("train.augment.zoom", "[0,1,0]"),
+        ("train.snet.epochs", "-1"),
+        ("train.sol.lr", "0"),
+        ("train.sos.milestones", "[0.5,0.2]"),
+        ("train.joint.milestones", "[2]"),
+        ("predict.overlap", "1"),
+        ("predict.min_peak", "1.5"),
+    ],
+)
+def test_values_out_of_range_are_named(option: str, value: str) -> None:
+    with pytest.raises(FocusNetError, match=f"^{option}.*expected"):
+        config(f"--{option}", value)
+
+
+def test_a_crop_must_hold_the_total_stride() -> None:
+    strides = ["--model.widths", "[[4],[4],[4],[4]]", "--model.downsampling", "[[1,2,2],[2,2,2],[2,2,2]]"]
+    assert config(*strides, "--train.crop", "[8,16,16]").train.crop == (8, 16, 16)
+    with pytest.raises(FocusNetError, match=r"train.crop is \(8, 16, 8\), expected at least \(8, 16, 16\)"):
+        config(*strides, "--train.crop", "[8,16,8]")
+
+
+def test_every_numeric_setting_has_a_rule() -> None:
+    patterns = [pattern for _, _, patterns in _RULES for pattern in patterns.split()]
+    for name, value in _settings(Config()).items():
+        if not isinstance(value, (bool, str)):
+            assert any(fnmatchcase(name, pattern) for pattern in patterns) or name == "data.small_organs", name
+
+
+def test_values_of_a_checkpoint_are_checked_too() -> None:
+    values = Config().to_dict()
+    values["predict"]["overlap"] = 2.0
+    with pytest.raises(FocusNetError, match="predict.overlap is 2.0"):
         Config.from_dict(values)
 
 
@@ -129,3 +196,11 @@ def test_a_closed_pipe_is_silent() -> None:
     code = "import sys; from focusnet.cli import run; run(lambda: print('x' * 100_000) or 0)"
     done = subprocess.run(f'{sys.executable} -c "{code}" | head -c 1', shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("x", "")
+
+
+def test_one_focal_weight_per_class() -> None:
+    organ = OrganPlan("Brainstem", 1, 1.0, 1.0, 1.0, (1.0, 1.0, 1.0), False, None, 1.5)
+    plan = Plan((1.0, 1.0, 1.0), 0.5, [organ], [], "")
+    assert focal_alpha(plan, LossConfig()).tolist() == [0.5, 1.5]
+    with pytest.raises(FocusNetError, match="loss.alpha has 3 values, expected 2: background, Brainstem"):
+        focal_alpha(plan, LossConfig(alpha=[1.0, 2.0, 3.0]))
