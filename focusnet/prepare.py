@@ -165,7 +165,8 @@ def _floats(values: np.ndarray) -> FloatTriple:
 
 
 def _fingerprint(usable: list[CaseReport], names: list[str], config: DataConfig) -> str:
-    content = [dataclasses.asdict(config), names, [(report.name, report.fingerprint) for report in usable]]
+    cases = [(report.record.name, report.record.organs, report.checksums) for report in usable if report.record]
+    content = [dataclasses.asdict(config), names, cases]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

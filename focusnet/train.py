@@ -313,7 +313,9 @@ def start_training(
         folder = cache_folder(cache, source, model.config.data)
         plan = prepare(source, folder, model.config.data)
         if plan.fingerprint != model.plan.fingerprint:
-            raise FocusNetError(f"{source} has changed since {last} was written; train anew with another --out")
+            raise FocusNetError(
+                f"{source} holds other cases or contours than those of {last}; train anew with another --out"
+            )
     else:
         folder = cache_folder(cache, source, config.data)
         plan = prepare(source, folder, config.data)

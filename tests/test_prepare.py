@@ -1,6 +1,7 @@
 """Checking a data set, the cache, and the plan."""
 
 import io
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,6 +89,19 @@ def test_a_changed_case_alone_is_prepared_again(tmp_path: Path) -> None:
         f"case_2.{part}" for part in ("image.npy", "labels.npy", "json")
     }
     assert changed.fingerprint != plan.fingerprint
+
+
+def test_the_fingerprint_follows_the_content_wherever_the_data_lie(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", 2)
+    plan = prepare(data, tmp_path / "cache", CONFIG)
+    copy = shutil.copytree(data, tmp_path / "copy")
+    for path in copy.rglob("*.nrrd"):
+        os.utime(path, (1, 1))
+    assert prepare(copy, tmp_path / "other", CONFIG) == plan
+    labels = read_labels(copy / "case_0" / "structures" / "Eye_L.nrrd")
+    labels.array[tuple(np.argwhere(labels.array)[0])] = 0
+    write_labels(copy / "case_0" / "structures" / "Eye_L.nrrd", labels.array, labels.grid)
+    assert prepare(copy, tmp_path / "other", CONFIG).fingerprint != plan.fingerprint
 
 
 def _truncate(path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, mon
         patch.setattr(Trainer, "_train_epoch", stop_in_the_fourth_epoch)
         with pytest.raises(KeyboardInterrupt):
             start(data, out, tiny_config())
-    start(data, out, Config(), resume=True)
+    copied = shutil.copytree(data, tmp_path / "copied")  # other path, other times
+    start_training(copied, out, Config(), cache=tmp_path / "cache", resume=True, device=CPU)
     expected, found = weights(finished / "last.pt"), weights(out / "last.pt")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     best_expected, best_found = weights(finished / "best.pt"), weights(out / "best.pt")
@@ -137,6 +139,12 @@ def test_learning_reduces_the_loss(data, tmp_path) -> None:
 def test_a_run_is_not_overwritten(data, finished) -> None:
     with pytest.raises(FocusNetError, match="--resume"):
         start(data, finished, tiny_config())
+
+
+def test_a_run_does_not_go_on_with_other_data(finished, tmp_path) -> None:
+    other = write_data(tmp_path / "data", 3)
+    with pytest.raises(FocusNetError, match="other cases"):
+        start(other, finished, Config(), resume=True)
 
 
 def test_resume_without_a_run(data, tmp_path) -> None:

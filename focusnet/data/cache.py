@@ -57,11 +57,12 @@ class CaseReport:
 
     Attributes:
         name: Name of the case.
-        fingerprint: Identifies its source files and the configuration.
+        fingerprint: Names, sizes and times of its source files, and the settings: while they stay, so do the arrays.
         problems: Why the case cannot be used, one line each; empty if it can.
         notes: What a person should know, though the case is usable.
         sizes: The contoured organs on the original grid.
         record: The prepared case; None if it is unusable.
+        checksums: Of the files with its prepared HU and labels.
     """
 
     name: str
@@ -70,6 +71,7 @@ class CaseReport:
     notes: list[str] = field(default_factory=list)
     sizes: dict[str, OrganSize] = field(default_factory=dict)
     record: CaseRecord | None = None
+    checksums: list[int] = field(default_factory=list)
 
 
 def cache_folder(root: Path, data: Path, config: DataConfig) -> Path:
@@ -190,6 +192,7 @@ def _build(job: Job) -> CaseReport:
     image_path, labels_path = array_paths(cache, case.name)
     _save_array(image_path, prepared.array)
     _save_array(labels_path, _numbered(ranks, order, report.record.organs))
+    report.checksums = [_checksum(path) for path in (image_path, labels_path)]
     _save_record(cache, report)
     return report
 
@@ -357,10 +360,8 @@ def _record_path(cache: Path, name: str) -> Path:
 
 
 def _save_record(cache: Path, report: CaseReport) -> None:
-    checksums = [_checksum(path) for path in array_paths(cache, report.name)]
-    content = {**dataclasses.asdict(report), "checksums": checksums}
     with atomic_write(_record_path(cache, report.name)) as temporary:
-        temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        temporary.write_text(json.dumps(dataclasses.asdict(report), allow_nan=False), encoding="utf-8")
 
 
 def _load(cache: Path, name: str, fingerprint: str) -> CaseReport | None:
@@ -376,6 +377,6 @@ def _load(cache: Path, name: str, fingerprint: str) -> CaseReport | None:
             for organ, size in content["sizes"].items()
         }
         record = case_record(content["record"])
-        return CaseReport(name, fingerprint, [], content["notes"], sizes, record)
+        return CaseReport(name, fingerprint, [], content["notes"], sizes, record, content["checksums"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None

@@ -68,7 +68,7 @@ class Plan:
         background_alpha: Weight of the background in the focal loss.
         organs: All organs to segment; the label value of each is its position + 1.
         cases: All prepared cases.
-        fingerprint: Identifies configuration and source files.
+        fingerprint: Identifies the settings and the prepared cases by their content, wherever the data lie.
     """
 
     spacing: FloatTriple
