@@ -10,6 +10,7 @@ from focuskernels import focal_dice_loss, heatmap_argmax_3d, roi_gather_each_3d
 from .config import LossConfig
 from .data.crops import Crop
 from .data.plan import Plan
+from .errors import FocusNetError
 from .model import FocusNet, SNetOutput
 
 
@@ -27,12 +28,15 @@ def segmentation_loss(logits: Tensor, crop: Crop, alpha: Tensor, config: LossCon
 
 
 def focal_alpha(plan: Plan, config: LossConfig) -> Tensor:
-    """Focal weights of the background and of every organ: as configured, else from the plan."""
+    """Focal weights of the background and of every organ: as configured, else from the plan.
+
+    Raises:
+        FocusNetError: the configuration has another number of weights.
+    """
     values = config.alpha or [plan.background_alpha, *(organ.alpha for organ in plan.organs)]
     if len(values) != len(plan.organs) + 1:
-        raise ValueError(
-            f"loss.alpha has {len(values)} values, expected {len(plan.organs) + 1} (background and organs)"
-        )
+        names = ", ".join(["background", *plan.organ_names])
+        raise FocusNetError(f"loss.alpha has {len(values)} values, expected {len(plan.organs) + 1}: {names}")
     return torch.tensor(values)
 
 
