@@ -135,9 +135,10 @@ def _add_small_organs(
     sizes = windows.network.roi_sizes
     for start, organs in _group(peaks, found, sizes, windows.size, tuple(windows.volume.shape)):
         image, snet, heatmaps = windows.run(start)
-        for organ in organs:
-            center = torch.cat([peaks.new_zeros(1), peaks[organ] - peaks.new_tensor(start)])[None]
-            logits[organ] = windows.network.segment_roi(organ, image, snet, heatmaps, center)[0, 0].float()
+        in_window = peaks[organs] - peaks.new_tensor(start)
+        centers = torch.cat([peaks.new_zeros(len(organs), 1), in_window], dim=1)
+        found_here = windows.network.segment_rois(organs, image, snet, heatmaps, centers)
+        logits |= {organ: roi[0].float() for organ, roi in zip(organs, found_here, strict=True)}
     rois = [logits[organ] for organ in found]
     classes = torch.tensor([small_labels[organ] for organ in found], device=labels.device)
     centers = torch.cat([peaks.new_zeros(len(found), 1), peaks[found]], dim=1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focuskernels import heatmap_argmax_3d, roi_gather_3d
+from focuskernels import heatmap_argmax_3d, roi_gather_each_3d
 from focuskernels.nn import DenseASPP3d, NormAct3d, SEResBlock3d
 
 from .config import ModelConfig, Triple
@@ -169,12 +169,13 @@ class FocusNet(nn.Module):
         snet = self.snet(image)
         heatmaps = self.locate(snet)
         peaks = heatmap_argmax_3d(heatmaps).index
-        logits = []
-        for organ in range(len(self.sos)):
-            samples = torch.arange(len(image), device=image.device)
-            centers = torch.cat([samples[:, None], peaks[:, organ]], dim=1)
-            logits.append(self.segment_roi(organ, image, snet, heatmaps, centers))
-        return FocusNetOutput(snet, heatmaps, peaks, logits)
+        samples, organs = len(image), len(self.sos)
+        numbers = torch.arange(samples, device=image.device).expand(organs, samples)
+        centers = torch.cat([numbers[..., None], peaks.transpose(0, 1)], dim=-1).flatten(0, 1)
+        owners = [organ for organ in range(organs) for _ in range(samples)]
+        logits = self.segment_rois(owners, image, snet, heatmaps, centers)
+        grouped = [torch.stack(logits[start : start + samples]) for start in range(0, organs * samples, samples)]
+        return FocusNetOutput(snet, heatmaps, peaks, grouped)
 
     def locate(self, snet: SNetOutput) -> Tensor:
         """Heat maps (N, small organs, D, H, W); without small organs that tensor is empty."""
@@ -182,9 +183,19 @@ class FocusNet(nn.Module):
             return snet.logits[:, :0]
         return self.sol(snet.features)
 
-    def segment_roi(self, organ: int, image: Tensor, snet: SNetOutput, heatmaps: Tensor, centers: Tensor) -> Tensor:
-        """Logits (K, 1, d, h, w) of small organ number `organ` around `centers` (K, 4) = (sample, z, y, x)."""
-        sources = [image]
+    def segment_rois(
+        self, organs: Sequence[int], image: Tensor, snet: SNetOutput, heatmaps: Tensor, centers: Tensor
+    ) -> list[Tensor]:
+        """Logits (1, d, h, w) of ROI k around `centers[k]` = (sample, z, y, x), of small organ number `organs[k]`."""
+        sources: list[Tensor] = [image]
+        channels: list[Sequence[int] | None] = [None]
         if self.sos_input == "features":
-            sources = [snet.features, snet.stem, image, heatmaps[:, organ : organ + 1]]
-        return self.sos[organ](roi_gather_3d(sources, centers, self.roi_sizes[organ]))
+            sources = [snet.features, snet.stem, image, heatmaps]
+            channels = [None, None, None, organs]
+        rois = roi_gather_each_3d(sources, centers, [self.roi_sizes[organ] for organ in organs], channels=channels)
+        logits: dict[int, Tensor] = {}
+        for organ in set(organs):
+            members = [k for k, owner in enumerate(organs) if owner == organ]
+            found = self.sos[organ](torch.cat([rois[k] for k in members]))
+            logits.update(zip(members, found, strict=True))
+        return [logits[k] for k in range(len(organs))]

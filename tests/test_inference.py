@@ -32,8 +32,9 @@ class StandIn(nn.Module):
     def locate(self, snet: SNetOutput) -> Tensor:
         return (snet.features / 10).clamp(0, 1)
 
-    def segment_roi(self, organ, image, snet, heatmaps, centers) -> Tensor:
-        return (roi_gather_3d([image], centers, self.roi_sizes[organ]) - 5) * 4
+    def segment_rois(self, organs, image, snet, heatmaps, centers) -> list[Tensor]:
+        assert list(organs) == [0]
+        return [(roi_gather_3d([image], centers, self.roi_sizes[0])[0] - 5) * 4]
 
 
 def run(network, image, parts=("snet", "sol", "sos"), min_peak=0.2):

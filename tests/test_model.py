@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from focuskernels import roi_gather_3d
 from focusnet.config import ModelConfig
 from focusnet.model import FocusNet, SNet
 
@@ -66,8 +67,23 @@ def test_roi_logits_belong_to_the_peak() -> None:
     peak = output.peaks[0, 0]
     assert output.heatmaps[0, 0][tuple(peak)] == output.heatmaps[0, 0].max()
     centers = torch.cat([torch.zeros(1, dtype=peak.dtype), peak])[None]
-    again = network.segment_roi(0, image, output.snet, output.heatmaps, centers)
-    torch.testing.assert_close(again, output.roi_logits[0])
+    (again,) = network.segment_rois([0], image, output.snet, output.heatmaps, centers)
+    torch.testing.assert_close(again[None], output.roi_logits[0])
+
+
+def test_rois_in_any_order_and_number() -> None:
+    torch.manual_seed(0)
+    network = FocusNet(small_config(), organs=4, roi_sizes=[(4, 6, 6), (3, 5, 7)]).eval()
+    image = torch.randn(2, 1, 8, 16, 16)
+    snet = network.snet(image)
+    heatmaps = network.locate(snet)
+    centers = torch.tensor([[1, 4, 5, 6], [0, 2, 9, 9], [0, 3, 3, 3]])
+    together = network.segment_rois([1, 0, 1], image, snet, heatmaps, centers)
+    for organ, center, found in zip([1, 0, 1], centers, together, strict=True):
+        sources = [snet.features, snet.stem, image, heatmaps[:, organ : organ + 1]]
+        alone = network.sos[organ](roi_gather_3d(sources, center[None], network.roi_sizes[organ]))
+        torch.testing.assert_close(found, alone[0])
+    assert network.segment_rois([], image, snet, heatmaps, centers[:0]) == []
 
 
 def test_without_small_organs_it_is_snet() -> None:
