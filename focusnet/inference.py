@@ -13,9 +13,6 @@ from focuskernels import heatmap_argmax_3d, paste_rois_3d
 from .config import Triple
 from .model import FocusNet, SNetOutput
 
-Box = tuple[Triple, Triple]
-"""Start and size of a window in voxels."""
-
 
 @dataclass
 class Segmentation:
@@ -188,11 +185,14 @@ def _roi_overlap(
 
 
 def _pad_to_stride(image: Tensor, window: Triple, strides: list[Triple]) -> tuple[Tensor, Triple]:
-    """Pad the far end with the volume's minimum to a multiple of the total stride; returns volume and window size."""
+    """Pad the far end with the volume's minimum to a multiple of the total stride; returns volume and window size.
+
+    The norms need two voxels at the lowest resolution, so that a smaller volume is padded to twice the stride.
+    """
     total = [1, 1, 1]
     for stride in strides:
         total = [t * s for t, s in zip(total, stride, strict=True)]
-    shape = [-(-n // t) * t for n, t in zip(image.shape, total, strict=True)]
+    shape = [max(2, -(-n // t)) * t for n, t in zip(image.shape, total, strict=True)]
     d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(window, total, shape, strict=True))
     padding = [amount for n, m in zip(reversed(image.shape), reversed(shape), strict=True) for amount in (0, m - n)]
     return F.pad(image, padding, value=float(image.min())), (d, h, w)

@@ -70,8 +70,12 @@ def _draw_plane(ax: "Axes", image: Volume, labels: np.ndarray, axis: int, index:
     origin: Literal["upper", "lower"] = "upper" if axis == 0 else "lower"
     aspect = spacing[0] / spacing[1]
     ax.imshow(hu, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], origin=origin, aspect=aspect)
+    rows, columns = (np.arange(-1, n + 1) for n in plane.shape)
     for value in np.unique(plane[plane > 0]):
-        ax.contour(plane == value, levels=[0.5], colors=[colors[value - 1]], linewidths=1.0)
+        # with a rim, so that outlines close at the volume's faces and a plane one voxel thin has them too
+        ax.contour(columns, rows, np.pad(plane == value, 1), levels=[0.5], colors=[colors[value - 1]], linewidths=1.0)
+    ax.set_xlim(-0.5, plane.shape[1] - 0.5)
+    ax.set_ylim(*((plane.shape[0] - 0.5, -0.5) if axis == 0 else (-0.5, plane.shape[0] - 0.5)))
     ax.set_title(title, fontsize=9)
     ax.set_axis_off()
 

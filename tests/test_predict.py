@@ -3,12 +3,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from focusnet import predict
-from focusnet.checkpoint import Model, build_network, save_checkpoint
+from focusnet.checkpoint import Model, build_network, load_checkpoint, save_checkpoint
 from focusnet.data.images import Grid, Volume, read_image, read_labels, write_image
 from focusnet.errors import FocusNetError
+from focusnet.inference import Segmentation
 from focusnet.prepare import prepare
+from focusnet.qc import draw_qc
 from tests.tiny import GRID, tiny_config, write_case, write_data
 
 
@@ -86,8 +89,22 @@ def test_wrong_inputs_are_named(checkpoint, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_volume_smaller_than_the_window(checkpoint, tmp_path) -> None:
-    small = Grid((3, 9, 10), GRID.spacing, GRID.origin, GRID.direction)
-    write_image(tmp_path / "small.nii.gz", Volume(np.zeros(small.shape, dtype=np.int16), small))
+@pytest.mark.parametrize("shape", [(3, 9, 10), (1, 24, 26), (14, 1, 26), (14, 24, 1), (2, 1, 1), (1, 1, 1)])
+def test_volumes_smaller_than_the_window_or_the_stride(checkpoint, tmp_path, shape) -> None:
+    small = Grid(shape, GRID.spacing, GRID.origin, GRID.direction)
+    hu = np.random.default_rng(0).integers(-50, 50, shape).astype(np.int16)
+    write_image(tmp_path / "small.nii.gz", Volume(hu, small))
     run(checkpoint, tmp_path / "small.nii.gz", tmp_path / "out")
     assert read_labels(tmp_path / "out" / "small" / "labels.nii.gz").grid.matches(small)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 10), (9, 1, 10), (9, 10, 1), (1, 1, 1), (6, 7, 8)])
+def test_outlines_are_drawn_in_thin_volumes_too(checkpoint, tmp_path, shape) -> None:
+    model, _ = load_checkpoint(checkpoint, torch.device("cpu"))
+    labels = torch.ones(shape, dtype=torch.uint8)
+    peaks = torch.tensor([[0, 0, 0], [n - 1 for n in shape]])
+    result = Segmentation(labels, torch.ones(4), peaks, torch.tensor([0.1, 0.9]))
+    volume = Volume(np.zeros(shape, np.int16), Grid(shape, GRID.spacing))
+    draw_qc(tmp_path / "qc.png", volume, result, model)
+    picture = imread(tmp_path / "qc.png")
+    assert (picture[..., :3].max(axis=-1) - picture[..., :3].min(axis=-1) > 0.5).sum() > 1000  # coloured outlines
