@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,14 @@ OUTLYING = 3.0
 _SHOWN = 3
 
 
-def prepare(data: Path, cache: Path, config: DataConfig, *, skip_bad: bool = False) -> Plan:
+def prepare(
+    data: Path,
+    cache: Path,
+    config: DataConfig,
+    *,
+    skip_bad: bool = False,
+    tell: Callable[[str], object] | None = None,
+) -> Plan:
     """Check and prepare every case of a data set; what the cache holds already is not prepared again.
 
     Args:
@@ -35,6 +43,7 @@ def prepare(data: Path, cache: Path, config: DataConfig, *, skip_bad: bool = Fal
         cache: Folder for the arrays and records of this data set and these settings: see `cache_folder`.
         config: How to prepare.
         skip_bad: Leave out unusable cases instead of failing.
+        tell: Called with one line for every case that is left out.
 
     Returns:
         The plan.
@@ -47,7 +56,12 @@ def prepare(data: Path, cache: Path, config: DataConfig, *, skip_bad: bool = Fal
     if bad and not skip_bad:
         named = "; ".join(f"{report.name}: {report.problems[0]}" for report in bad[:_SHOWN])
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise FocusNetError(f"{len(bad)} of {len(reports)} cases in {data} are unusable: {named}{more}")
+        raise FocusNetError(
+            f"{len(bad)} of {len(reports)} cases in {data} are unusable (--skip-bad leaves them out): {named}{more}"
+        )
+    for report in reports:
+        if tell is not None and report.record is None:
+            tell(f"{report.name}: {(report.problems or report.notes)[-1]}")
     return _plan_of(data, reports, config)
 
 
@@ -69,7 +83,8 @@ def make_plan(reports: list[CaseReport], config: DataConfig) -> Plan:
     """
     usable = [report for report in reports if report.record is not None]
     if not usable:
-        raise FocusNetError("no usable case is left")
+        wanted = f", or none has any of data.organs ({', '.join(config.organs)})" if config.organs else ""
+        raise FocusNetError(f"no usable case is left{wanted}")
     present = {organ for report in usable for organ in report.sizes}
     names = wanted_organs(config) or sorted(present)
     absent = [name for name in names if name not in present]
@@ -178,9 +193,11 @@ def _print_reports(console: Console, reports: list[CaseReport]) -> None:
         for note in report.notes + odd.get(report.name, []):
             console.print(f"[yellow]note[/]     {report.name}: ", _plain(note), sep="")
     bad = sum(bool(report.problems) for report in reports)
-    noted = sum(bool(report.notes or report.name in odd) and not report.problems for report in reports)
+    left_out = sum(report.record is None for report in reports) - bad
+    noted = sum(bool(report.notes or report.name in odd) and report.record is not None for report in reports)
     console.print(
-        f"{len(reports)} cases: {len(reports) - bad - noted} clean, {noted} usable with notes, {bad} unusable"
+        f"{len(reports)} cases: {len(reports) - bad - left_out - noted} clean, {noted} usable with notes, "
+        f"{left_out} without any of the organs, {bad} unusable"
     )
 
 

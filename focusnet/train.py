@@ -257,6 +257,11 @@ def split_cases(plan: Plan, config: Config) -> tuple[list[CaseRecord], list[Case
     return training, [case for case in cases if case.name in named]
 
 
+def _unlearnt(plan: Plan, training: list[CaseRecord]) -> list[str]:
+    contoured = {organ for case in training for organ in case.organs}
+    return [name for name in plan.organ_names if name not in contoured]
+
+
 def learning_rate(settings: StageConfig, epoch: int) -> float:
     """The learning rate of an epoch (counted from 0): warm-up, then steps or half a cosine."""
     if epoch < settings.warmup:
@@ -279,6 +284,11 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def _say(console: Console, line: str) -> None:
+    """Print a line that may hold names and paths, which are no markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -292,6 +302,7 @@ def start_training(
     *,
     cache: Path = DEFAULT_CACHE,
     resume: bool = False,
+    skip_bad: bool = False,
     device: torch.device,
 ) -> None:
     """Prepare `source`, then train in `out`; what the command does.
@@ -302,28 +313,40 @@ def start_training(
         config: The configuration; a resumed run keeps its own.
         cache: Folder for prepared data of all data sets and settings.
         resume: Go on from `out`/last.pt.
+        skip_bad: Leave out unusable cases instead of failing.
         device: Where to compute.
     """
     reporter, last = console(), out / "last.pt"
+
+    def tell(line: str) -> None:
+        _say(reporter, f"left out {line}")
+
     if last.exists() and not resume:
         raise FocusNetError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     training = None
     if resume:
         model, training = load_checkpoint(last, device)
         folder = cache_folder(cache, source, model.config.data)
-        plan = prepare(source, folder, model.config.data)
+        plan = prepare(source, folder, model.config.data, skip_bad=skip_bad, tell=tell)
         if plan.fingerprint != model.plan.fingerprint:
             raise FocusNetError(
                 f"{source} holds other cases or contours than those of {last}; train anew with another --out"
             )
     else:
         folder = cache_folder(cache, source, config.data)
-        plan = prepare(source, folder, config.data)
+        plan = prepare(source, folder, config.data, skip_bad=skip_bad, tell=tell)
         torch.manual_seed(config.train.seed)
         model = Model(build_network(config, plan).to(device), config, plan, ())
     trainer = Trainer(model, folder, out, device, reporter)
     if training is not None:
         trainer.resume(training)
+    unlearnt = _unlearnt(plan, trainer.training_cases)
+    if unlearnt:
+        _say(
+            reporter,
+            f"warning: no training case has {', '.join(unlearnt)}, only validation cases have: nothing can be learnt "
+            "of it; choose other train.validation_cases, another train.seed, or data.organs without it",
+        )
     names = ", ".join(case.name for case in trainer.validation_cases)
     reporter.print(
         f"{len(trainer.training_cases)} training cases, validation on {names}; {len(plan.organs)} organs, "
@@ -351,6 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="folder of cases, each with a CT and its organs (docs/data.md)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: last.pt, best.pt, history.json")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for prepared data, as of prepare")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable cases instead of failing")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its own configuration")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_config(parser)
@@ -361,6 +385,7 @@ def main(argv: list[str] | None = None) -> int:
         config_of(arguments),
         cache=arguments.cache,
         resume=arguments.resume,
+        skip_bad=arguments.skip_bad,
         device=pick_device(arguments.device),
     )
     return 0

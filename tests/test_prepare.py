@@ -254,6 +254,7 @@ def bad_data(root: Path) -> Path:
 
 def test_every_problem_of_every_case_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, cache = bad_data(tmp_path / "data"), tmp_path / "cache"
+    told: list[str] = []
     options = [str(data), "--cache", str(cache), "--data.spacing", "[3,2,2]"]
     assert main(options) == 2
     printed = capsys.readouterr().out
@@ -275,6 +276,9 @@ def test_every_problem_of_every_case_is_reported(tmp_path: Path, capsys: pytest.
     assert main([*options, "--skip-bad"]) == 0
     printed = capsys.readouterr().out
     assert "Brainstem" in printed
+    plan = prepare(data, cache, CONFIG, skip_bad=True, tell=told.append)
+    assert [case.name for case in plan.cases] == ["case_0"] and len(told) == 5
+    assert "NaN" in told[1]
     (path,) = cache.rglob("plan.json")
     assert [case.name for case in Plan.load(path).cases] == ["case_0"]
 
@@ -290,6 +294,25 @@ def test_chosen_organs_alone_are_read(tmp_path: Path) -> None:
     assert plan.organ_names == ["Eye_R", "Eye_L"]
     assert plan.small_organs == []
     assert [case.name for case in plan.cases] == ["case_0", "case_3"]
+
+
+def test_a_case_without_the_wanted_organs_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, cache = write_data(tmp_path / "data", 3), tmp_path / "cache"
+    write_labels(data / "case_0" / "structures" / "Eye_R.nrrd", np.zeros(GRID.shape, np.uint8), GRID)
+    config, told = replace(CONFIG, organs=["Eye_R"]), []
+    plan = prepare(data, cache, config, tell=told.append)
+    assert [case.name for case in plan.cases] == ["case_2"]
+    assert [line.partition(":")[0] for line in told] == ["case_0", "case_1"]  # the mask empty, the mask absent
+    before = stamps(cache)
+    assert prepare(data, cache, config) == plan and stamps(cache) == before
+    options = [str(data), "--cache", str(cache), "--data.spacing", "[3,2,2]", "--data.organs", "[Eye_R]"]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert "case_1: left out: it has none of the organs that data.organs names" in printed
+    assert "3 cases: 1 clean, 0 usable with notes, 2 without any of the organs, 0 unusable" in printed
+    (data / "case_1" / "img.nrrd").unlink()
+    with pytest.raises(FocusNetError, match="case_1: it has no image"):
+        prepare(data, cache, config)
 
 
 def _gap(root: Path, case: Path) -> str:
@@ -341,7 +364,7 @@ def test_one_cause_is_one_line_and_no_file(
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"organs": ["Larynx"]}, "none of the organs' masks"),
+        ({"organs": ["Larynx"]}, r"none has any of data.organs \(Larynx\)"),
         ({"organs": ["Brainstem", "Larynx"]}, "Larynx, which no usable case has"),
         ({"organs": ["Brainstem", "BrainStem"]}, "twice"),
         ({"organs": []}, "empty"),

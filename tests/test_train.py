@@ -147,6 +147,31 @@ def test_a_run_does_not_go_on_with_other_data(finished, tmp_path) -> None:
         start(other, finished, Config(), resume=True)
 
 
+def test_unusable_cases_are_left_out_on_demand(data, tmp_path, capsys) -> None:
+    copied = shutil.copytree(data, tmp_path / "data")
+    (copied / "case_3" / "img.nrrd").write_bytes(b"")
+    config = tiny_config(**{stage: StageConfig(epochs=0) for stage in STAGES[1:]}, steps_per_epoch=1)
+    config.train.snet.epochs = 1
+    with pytest.raises(FocusNetError, match=r"--skip-bad.*case_3"):
+        start(copied, tmp_path / "run", config)
+    start(copied, tmp_path / "run", config, skip_bad=True)
+    assert "left out case_3" in capsys.readouterr().out
+    model, _ = load_checkpoint(tmp_path / "run" / "last.pt", CPU)
+    assert [case.name for case in model.plan.cases] == ["case_0", "case_1", "case_2"]
+
+
+def test_an_organ_of_validation_cases_alone_is_warned_of(data, tmp_path, capsys) -> None:
+    copied = shutil.copytree(data, tmp_path / "data")
+    for name in ("case_0", "case_2"):
+        (copied / name / "structures" / "Eye_R.nrrd").unlink()
+    config = tiny_config(**{stage: StageConfig(epochs=0) for stage in STAGES[1:]}, steps_per_epoch=1)
+    config.train.snet.epochs = 1
+    config.train.validation_cases = ["case_3"]
+    start(copied, tmp_path / "run", config)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert "no training case has Eye_R, only validation" in warning
+
+
 def test_resume_without_a_run(data, tmp_path) -> None:
     with pytest.raises(FocusNetError, match="last.pt"):
         start(data, tmp_path / "none", tiny_config(), resume=True)

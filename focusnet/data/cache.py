@@ -58,10 +58,10 @@ class CaseReport:
     Attributes:
         name: Name of the case.
         fingerprint: Names, sizes and times of its source files, and the settings: while they stay, so do the arrays.
-        problems: Why the case cannot be used, one line each; empty if it can.
-        notes: What a person should know, though the case is usable.
+        problems: What is wrong with the case, one line each; with any of them it cannot be used.
+        notes: What a person should know, though nothing is wrong.
         sizes: The contoured organs on the original grid.
-        record: The prepared case; None if it is unusable.
+        record: The prepared case; None if it has problems, or none of the organs that `DataConfig.organs` names.
         checksums: Of the files with its prepared HU and labels.
     """
 
@@ -90,7 +90,7 @@ def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[Ca
     is much of it.
 
     Returns:
-        One report per case, in the order of `cases`; unusable ones have `problems` and no arrays.
+        One report per case, in the order of `cases`; one without a record has no arrays.
 
     Raises:
         FocusNetError: the configuration names an unknown organ, or the cache cannot be written.
@@ -176,6 +176,12 @@ def _build(job: Job) -> CaseReport:
     image, grid = _read_ct(case, report)
     order = overlap_order(wanted_organs(config) or case.organs)
     painted = _paint(case, grid, order, report)
+    if not report.sizes and not report.problems:
+        if config.organs is not None:
+            report.notes.append("left out: it has none of the organs that data.organs names")
+            _save_record(cache, report)
+            return report
+        report.problems.append("it has none of the organs' masks" if painted is None else "all its masks are empty")
     if report.problems or image is None or painted is None:
         return report
     prepared = prepare_image(image, config)
@@ -218,16 +224,15 @@ def _read_ct(case: Case, report: CaseReport) -> tuple[Volume | None, Grid | None
 
 
 def _paint(case: Case, grid: Grid | None, order: list[str], report: CaseReport) -> np.ndarray | None:
-    """Label map (uint8) along the patient's axes of each organ's rank in `order`, where the larger rank wins."""
+    """Label map (uint8) along the patient's axes of each organ's rank in `order`, where the larger rank wins;
+    None if no mask could be read."""
     ranks = {organ: rank for rank, organ in enumerate(order, start=1)}
     painted: np.ndarray | None = None
-    found = 0
     for part in _parts(case, order):
         try:
             for organ, stored, mask_grid in iter_masks(part, grid, allow_unknown=True):
                 if organ not in ranks:
                     continue
-                found += 1
                 grid = mask_grid
                 mask = reorient(Volume(stored, grid))
                 if painted is None:
@@ -241,8 +246,6 @@ def _paint(case: Case, grid: Grid | None, order: list[str], report: CaseReport) 
                 np.maximum(painted[box], np.where(inside, np.uint8(ranks[organ]), np.uint8(0)), out=painted[box])
         except FocusNetError as error:
             report.problems.append(str(error))
-    if not report.sizes and not report.problems:
-        report.problems.append("all its masks are empty" if found else "it has none of the organs' masks")
     return painted
 
 
@@ -370,13 +373,13 @@ def _load(cache: Path, name: str, fingerprint: str) -> CaseReport | None:
         content: dict[str, Any] = json.loads(_record_path(cache, name).read_text(encoding="utf-8"))
         if content["fingerprint"] != fingerprint:
             return None
-        if content["checksums"] != [_checksum(path) for path in array_paths(cache, name)]:
+        record = case_record(content["record"]) if content["record"] else None
+        if content["checksums"] != [_checksum(path) for path in (array_paths(cache, name) if record else ())]:
             return None
         sizes = {
             organ: OrganSize(int(size["voxels"]), float(size["volume_mm3"]), tuple(size["extent_mm"]))
             for organ, size in content["sizes"].items()
         }
-        record = case_record(content["record"])
         return CaseReport(name, fingerprint, [], content["notes"], sizes, record, content["checksums"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
