@@ -46,7 +46,11 @@ def build_network(config: Config, plan: Plan) -> FocusNet:
 
 
 def save_checkpoint(path: Path, model: Model, training: dict[str, Any]) -> None:
-    """Write `model` and the state of training (tensors, numbers, strings and containers of them) atomically."""
+    """Write `model` and the state of training (tensors, numbers, strings and containers of them) atomically.
+
+    Raises:
+        FocusNetError: the file cannot be written (read-only, disk full); what `path` held before is still there.
+    """
     state = {
         "format": FORMAT,
         "config": model.config.to_dict(),
@@ -56,7 +60,13 @@ def save_checkpoint(path: Path, model: Model, training: dict[str, Any]) -> None:
         "training": training,
     }
     with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            # all that torch's writer says of a failing disk is where in its own code it noticed
+            raise OSError("its data could not be written whole; is the disk full?") from error
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:

@@ -171,6 +171,12 @@ def _write(path: Path, array: np.ndarray, grid: Grid) -> None:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
             raise FocusNetError(f"cannot write {path}: {_reason(error)}") from error
+        try:
+            _read_file(temporary)  # ITK writes NIfTI to a full disk without a word
+        except (RuntimeError, FocusNetError) as error:
+            raise FocusNetError(
+                f"cannot write {path}: its data could not be written whole; is the disk full?"
+            ) from error
 
 
 def resample(volume: Volume, grid: Grid, *, labels: bool = False, fill: float = 0) -> Volume:

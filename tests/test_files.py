@@ -1,0 +1,87 @@
+"""Writing files: whole or not at all, and a failing disk is one line."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from focusnet.checkpoint import Model, build_network, load_checkpoint, save_checkpoint
+from focusnet.data.images import Grid, write_labels
+from focusnet.data.plan import Plan
+from focusnet.errors import FocusNetError
+from focusnet.files import atomic_write
+from tests.tiny import tiny_config
+
+
+@contextmanager
+def full_disk(size: int = 4096) -> Iterator[None]:
+    """No file may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write(path: Path, text: str, error: type[BaseException] | None = None) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+        if error is not None:
+            raise error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    with atomic_write(path) as temporary:
+        temporary.write_text("1")
+        assert not path.exists() and temporary.suffix == ".json"
+    assert path.read_text() == "1" and names(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_last_good_file(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "a").write_text("good")
+    with pytest.raises(error):
+        write(tmp_path / "a", "half", error)
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "good"
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("good")
+    with pytest.raises(FocusNetError, match="cannot write .*a: File too large"), full_disk():
+        write(tmp_path / "a", "long" * 10_000)
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "good"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    config = tiny_config()
+    plan = Plan(config.data.spacing, 0.5, [], [], "")
+    model = Model(build_network(config, plan), config, plan, ("snet",))
+    save_checkpoint(tmp_path / "last.pt", model, {"epoch": 1})
+    with pytest.raises(FocusNetError, match="cannot write .*last.pt: .*is the disk full"), full_disk():
+        save_checkpoint(tmp_path / "last.pt", model, {"epoch": 2})
+    assert names(tmp_path) == ["last.pt"]
+    assert load_checkpoint(tmp_path / "last.pt", torch.device("cpu"))[1] == {"epoch": 1}
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_a_full_disk_leaves_no_part_of_a_label_map(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (20, 40, 40)).astype(np.uint8)
+    with pytest.raises(FocusNetError, match=f"cannot write .*labels{suffix}"), full_disk():
+        write_labels(tmp_path / f"labels{suffix}", noise, Grid(noise.shape))
+    assert names(tmp_path) == []
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FocusNetError, match="cannot write .*out/a"), atomic_write(tmp_path / "out" / "a"):
+        pass
