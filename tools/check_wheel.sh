@@ -12,6 +12,7 @@ trap 'rm -rf "$work"' EXIT
 # One test file a source file; outside the tree, where only the wheel's focuskernels can be imported.
 mkdir "$work/tests"
 cp tests/compare.py tests/conftest.py "$work/tests"
+cp pyproject.toml "$work"  # pytest's settings
 for source in csrc/*.cpp; do cp "tests/test_$(basename "$source" .cpp).py" "$work/tests"; done
 
 FOCUSKERNELS_BUILD=1 "$builder" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$work" .
@@ -19,8 +20,9 @@ wheel=$(echo "$work"/*.whl)
 echo "== $(basename "$wheel"), built with torch $("$builder" -c 'import torch; print(torch.__version__)')"
 
 for torch in "$@"; do
-    python=$torch
-    if [[ $torch != */* ]]; then
+    if [[ $torch == */* ]]; then
+        python=$(realpath -s "$torch")
+    else
         "$builder" -m venv "$work/venv"
         python=$work/venv/bin/python
         "$python" -m pip install -q --disable-pip-version-check -r requirements.in numpy pytest
