@@ -24,9 +24,8 @@ def main(argv: list[str] | None = None) -> int:
             report.print(Rule(f"{cases} phantoms: {data / name}"))
             phantom.main([str(data / name), "--cases", str(cases), "--seed", str(seed), "--overwrite", *GEOMETRY])
     report.print(Rule("training: S-Net, SOL-Net, SOS-Net, end to end"))
-    resume = ["--resume"] if (run_folder / "last.pt").exists() else []
-    cache = ["--cache", str(out / "cache")]
-    train.main([str(data / "train"), "--out", str(run_folder), "--config", "demo", *cache, *resume])
+    config = ["--resume"] if (run_folder / "last.pt").exists() else ["--config", "demo"]
+    train.main([str(data / "train"), "--out", str(run_folder), "--cache", str(out / "cache"), *config])
     report.print(Rule("prediction and evaluation of phantoms that training never saw"))
     predict.main([str(run_folder / "best.pt"), str(data / "test"), "--out", str(predictions)])
     evaluate.main([str(data / "test"), str(predictions), "--out", str(out / "evaluation")])

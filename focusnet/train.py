@@ -39,6 +39,7 @@ AVAILABLE = {
     "sos": ("snet", "sol", "sos"),
     "joint": ("snet", "sol", "sos"),
 }
+RESUMABLE = ("train.workers", *(f"train.{stage}.lr" for stage in STAGES))
 
 
 @dataclass
@@ -96,11 +97,27 @@ class Trainer:
             assert self.optimizer is not None
             self.optimizer.load_state_dict(training["optimizer"])
 
+    def announce(self) -> None:
+        """Say what will be trained on which cases, and warn of organs that cannot be learnt."""
+        plan = self.model.plan
+        unlearnt = _unlearnt(plan, self.training_cases)
+        if unlearnt:
+            self._say(
+                f"warning: no training case has {', '.join(unlearnt)}, only validation cases have: nothing can be "
+                "learnt of it; choose other train.validation_cases, another train.seed, or data.organs without it"
+            )
+        names = ", ".join(case.name for case in self.validation_cases)
+        parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
+        self._say(
+            f"{len(self.training_cases)} training cases, validation on {names}; {len(plan.organs)} organs, "
+            f"{len(plan.small_organs)} of them small; {parameters:,} parameters; prepared data in {self.cache}"
+        )
+
     def run(self) -> None:
         """Train what is left of all stages."""
-        for stage in STAGES[STAGES.index(self.state.stage) :]:
+        for stage in stages(self.model):
             settings: StageConfig = getattr(self.config, stage)
-            if not settings.epochs or (stage != "snet" and not self.model.plan.small_organs):
+            if STAGES.index(stage) < STAGES.index(self.state.stage):
                 continue
             if stage != self.state.stage or self.optimizer is None:
                 self.state.stage, self.state.epoch, self.state.best = stage, 0, -1.0
@@ -156,9 +173,10 @@ class Trainer:
                 continue
             value = loss.item()
             if not math.isfinite(value):
+                saved = (self.out / "last.pt").exists()
                 raise FocusNetError(
-                    f"the loss became {value} in stage {stage}, epoch {epoch + 1}; lower train.{stage}.lr, or go on "
-                    f"from {self.out / 'last.pt'} with --resume"
+                    f"the loss became {value} in stage {stage}, epoch {epoch + 1}: lower train.{stage}.lr "
+                    + ("and go on from the epoch before with --resume" if saved else "and start again")
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -226,6 +244,9 @@ class Trainer:
         if result is not None:
             self.console.print(result.table())
 
+    def _say(self, line: str) -> None:
+        _say(self.console, line)
+
     def _save(self, result: Validation | None) -> None:
         best = result is not None and result.score >= self.state.best
         if best and result is not None:
@@ -239,6 +260,32 @@ class Trainer:
         save_checkpoint(self.out / "last.pt", self.model, training)
         with atomic_write(self.out / "history.json") as temporary:
             temporary.write_text(json.dumps(self.state.history, indent=1))
+
+
+def stages(model: Model) -> list[str]:
+    """The stages that a model goes through: those that have epochs; the small organs' only if there are any.
+
+    Raises:
+        FocusNetError: there is none.
+    """
+    wanted = [stage for stage in STAGES if getattr(model.config.train, stage).epochs]
+    found = wanted if model.plan.small_organs else [stage for stage in wanted if stage == "snet"]
+    if not found:
+        raise FocusNetError("there is nothing to train: train.snet.epochs and those of the other stages are 0")
+    return found
+
+
+def changed_settings(config: Config, stored: Config) -> list[str]:
+    """The settings, named as options, that differ and may not change when a run is resumed."""
+
+    def differing(one: dict[str, Any], other: dict[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in one.items():
+            if isinstance(value, dict):
+                yield from differing(value, other[name], f"{prefix}{name}.")
+            elif value != other[name]:
+                yield prefix + name
+
+    return [name for name in differing(config.to_dict(), stored.to_dict(), "") if name not in RESUMABLE]
 
 
 def split_cases(plan: Plan, config: Config) -> tuple[list[CaseRecord], list[CaseRecord]]:
@@ -310,7 +357,7 @@ def start_training(
     Args:
         source: Folder of cases with CTs and organs.
         out: Folder of the run; must not hold another run unless `resume`.
-        config: The configuration; a resumed run keeps its own.
+        config: The configuration; to resume, the run's own, in which `RESUMABLE` settings alone may differ.
         cache: Folder for prepared data of all data sets and settings.
         resume: Go on from `out`/last.pt.
         skip_bad: Leave out unusable cases instead of failing.
@@ -321,51 +368,57 @@ def start_training(
     def tell(line: str) -> None:
         _say(reporter, f"left out {line}")
 
-    if last.exists() and not resume:
+    stored = _load_run(last, config, device) if resume else None
+    if stored is None and last.exists():
         raise FocusNetError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-    training = None
-    if resume:
-        model, training = load_checkpoint(last, device)
-        folder = cache_folder(cache, source, model.config.data)
-        plan = prepare(source, folder, model.config.data, skip_bad=skip_bad, tell=tell)
+    if stored is not None and _is_complete(*stored):
+        _say(reporter, f"{out} is complete: nothing is left to train")
+        return
+    folder = cache_folder(cache, source, config.data)
+    plan = prepare(source, folder, config.data, skip_bad=skip_bad, tell=tell)
+    if stored is None:
+        torch.manual_seed(config.train.seed)
+        model = Model(build_network(config, plan).to(device), config, plan, ())
+    else:
+        model, training = stored
         if plan.fingerprint != model.plan.fingerprint:
             raise FocusNetError(
                 f"{source} holds other cases or contours than those of {last}; train anew with another --out"
             )
-    else:
-        folder = cache_folder(cache, source, config.data)
-        plan = prepare(source, folder, config.data, skip_bad=skip_bad, tell=tell)
-        torch.manual_seed(config.train.seed)
-        model = Model(build_network(config, plan).to(device), config, plan, ())
     trainer = Trainer(model, folder, out, device, reporter)
-    if training is not None:
+    if stored is not None:
         trainer.resume(training)
-    unlearnt = _unlearnt(plan, trainer.training_cases)
-    if unlearnt:
-        _say(
-            reporter,
-            f"warning: no training case has {', '.join(unlearnt)}, only validation cases have: nothing can be learnt "
-            "of it; choose other train.validation_cases, another train.seed, or data.organs without it",
-        )
-    names = ", ".join(case.name for case in trainer.validation_cases)
-    reporter.print(
-        f"{len(trainer.training_cases)} training cases, validation on {names}; {len(plan.organs)} organs, "
-        f"{len(plan.small_organs)} of them small; {sum(p.numel() for p in model.network.parameters()):,} parameters",
-        highlight=False,
-    )
+    trainer.announce()
     try:
         trainer.run()
     except KeyboardInterrupt:
         saved = (
             f"{last} holds the last finished epoch; go on with --resume" if last.exists() else "no epoch was finished"
         )
-        reporter.print(f"stopped: {saved}")
+        _say(reporter, f"stopped: {saved}")
         raise
     state = trainer.state
-    reporter.print(
+    _say(
+        reporter,
         f"done: {out / 'best.pt'} is epoch {state.best_epoch} of stage {state.stage}, validation DSC {state.best:.3f}",
-        highlight=False,
     )
+
+
+def _load_run(last: Path, config: Config, device: torch.device) -> tuple[Model, dict[str, Any]]:
+    model, training = load_checkpoint(last, device)
+    changed = changed_settings(config, model.config)
+    if changed:
+        raise FocusNetError(
+            f"{', '.join(changed)}: not as in the run that {last} holds; leave this out to go on as before, or train "
+            f"anew with another --out (what may change: {', '.join(RESUMABLE)})"
+        )
+    model.config = config
+    return model, training
+
+
+def _is_complete(model: Model, training: dict[str, Any]) -> bool:
+    state, last = State(**training["state"]), stages(model)[-1]
+    return state.stage == last and state.epoch >= getattr(model.config.train, last).epochs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -375,10 +428,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: last.pt, best.pt, history.json")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for prepared data, as of prepare")
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable cases instead of failing")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its own configuration")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its own settings")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_config(parser)
     arguments: Namespace = parse(parser, argv)
+    if arguments.resume:
+        # what is not given again stays as it was
+        stored, _ = load_checkpoint(arguments.out / "last.pt", torch.device("cpu"))
+        parser.set_defaults(stored.config.to_dict())
+        arguments = parse(parser, argv)
     start_training(
         arguments.source,
         arguments.out,

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -11,10 +12,10 @@ import pytest
 import torch
 
 from focusnet.checkpoint import load_checkpoint
-from focusnet.config import AugmentConfig, Config, StageConfig
+from focusnet.config import AugmentConfig, StageConfig
 from focusnet.errors import FocusNetError
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
-from focusnet.train import STAGES, Trainer, learning_rate, split_cases, start_training
+from focusnet.train import STAGES, Trainer, learning_rate, main, split_cases, start_training
 from tests.tiny import tiny_config, write_data
 
 CPU = torch.device("cpu")
@@ -54,23 +55,30 @@ def test_all_stages_run_and_are_recorded(finished) -> None:
     assert load_checkpoint(finished / "best.pt", CPU)[0].parts == model.parts
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, monkeypatch) -> None:
-    trained = Trainer._train_epoch
-    calls = []
+def stopped(data, out, config, epoch: int) -> None:
+    """A run that Ctrl-C stops in its `epoch`-th epoch."""
+    train_epoch, calls = Trainer._train_epoch, itertools.count(1)
 
-    def stop_in_the_fourth_epoch(self, *arguments):
-        calls.append(arguments[:2])
-        if len(calls) == 4:
+    def train_or_stop(self, *arguments):
+        if next(calls) == epoch:
             raise KeyboardInterrupt
-        return trained(self, *arguments)
+        return train_epoch(self, *arguments)
 
-    out = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_epoch", stop_in_the_fourth_epoch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", train_or_stop)
         with pytest.raises(KeyboardInterrupt):
-            start(data, out, tiny_config())
+            start(data, out, config)
+
+
+# within a stage, and after its last epoch
+@pytest.mark.parametrize("epoch", [4, 5])
+def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, epoch) -> None:
+    out = tmp_path / "stopped"
+    stopped(data, out, tiny_config(), epoch)
+    _, training = load_checkpoint(out / "last.pt", CPU)
+    assert len(training["state"]["history"]) == epoch - 1
     copied = shutil.copytree(data, tmp_path / "copied")  # other path, other times
-    start_training(copied, out, Config(), cache=tmp_path / "cache", resume=True, device=CPU)
+    start_training(copied, out, tiny_config(), cache=tmp_path / "cache", resume=True, device=CPU)
     expected, found = weights(finished / "last.pt"), weights(out / "last.pt")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     best_expected, best_found = weights(finished / "best.pt"), weights(out / "best.pt")
@@ -141,10 +149,86 @@ def test_a_run_is_not_overwritten(data, finished) -> None:
         start(data, finished, tiny_config())
 
 
-def test_a_run_does_not_go_on_with_other_data(finished, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def begun(data, tmp_path_factory):
+    """A run after the first of its two epochs, and its configuration as a file."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    config = tiny_config(**{stage: StageConfig(epochs=2 * (stage == "snet")) for stage in STAGES}, steps_per_epoch=1)
+    stopped(data, out, config, epoch=2)
+    file = out.parent / "config.yaml"
+    file.write_text(json.dumps(config.to_dict()))
+    return out, file
+
+
+def resume_by_command(data, out, *options) -> int:
+    return main(
+        [str(data), "--out", str(out), "--cache", str(data.parent / "cache"), "--device", "cpu", "--resume", *options]
+    )
+
+
+def test_a_run_does_not_go_on_with_other_data(begun, tmp_path) -> None:
     other = write_data(tmp_path / "data", 3)
     with pytest.raises(FocusNetError, match="other cases"):
-        start(other, finished, Config(), resume=True)
+        resume_by_command(other, begun[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--train.seed", "1"], "train.seed"),
+        (["--model.norm", "group", "--data.roi_scale=2"], "data.roi_scale, model.norm"),
+        # the default is named, but not the run's own
+        (["--train.batch_size", "1", "--train.validate_every", "10"], "train.validate_every"),
+        (["--train.snet.epochs", "3", "--train.snet.lr", "1"], "train.snet.epochs"),
+    ],
+)
+def test_resume_refuses_options_that_differ(data, begun, options, named) -> None:
+    before = (begun[0] / "last.pt").read_bytes()
+    with pytest.raises(FocusNetError, match=f"^{named}: not as in the run"):
+        resume_by_command(data, begun[0], *options)
+    assert (begun[0] / "last.pt").read_bytes() == before
+
+
+def test_resume_takes_options_that_agree_or_may_change(data, begun, tmp_path, capsys) -> None:
+    out = shutil.copytree(begun[0], tmp_path / "run")
+    options = [
+        "--config",
+        str(begun[1]),
+        "--train.crop",
+        "[8,16,16]",
+        "--train.snet.lr",
+        "1e-5",
+        "--train.workers",
+        "1",
+    ]
+    assert resume_by_command(data, out, *options) == 0
+    model, training = load_checkpoint(out / "last.pt", CPU)
+    assert [entry["epoch"] for entry in training["state"]["history"]] == [1, 2]
+    assert training["state"]["history"][1]["lr"] == pytest.approx(
+        0.25 * 1e-5
+    )  # the second third of the "step" schedule
+    assert (model.config.train.workers, model.config.train.snet.lr) == (1, 1e-5)
+    assert "done" in capsys.readouterr().out
+    whole = (out / "last.pt").read_bytes()
+    assert resume_by_command(tmp_path / "anywhere", out) == 0
+    assert f"{out} is complete" in capsys.readouterr().out
+    assert (out / "last.pt").read_bytes() == whole
+
+
+def test_a_loss_that_is_not_a_number_stops_training(data, begun, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "_loss", lambda self, stage, crop: torch.tensor(math.nan, requires_grad=True))
+    with pytest.raises(FocusNetError, match=r"became nan in stage snet, epoch 1: lower train.snet.lr and start again"):
+        start(data, tmp_path / "new", tiny_config())
+    assert not (tmp_path / "new" / "last.pt").exists()
+    out = shutil.copytree(begun[0], tmp_path / "run")
+    with pytest.raises(FocusNetError, match=r"epoch 2: lower train.snet.lr and go on .* with --resume"):
+        resume_by_command(data, out)
+    assert (out / "last.pt").read_bytes() == (begun[0] / "last.pt").read_bytes()
+
+
+def test_a_run_without_epochs(data, tmp_path) -> None:
+    with pytest.raises(FocusNetError, match="nothing to train"):
+        start(data, tmp_path / "run", tiny_config(**{stage: StageConfig(epochs=0) for stage in STAGES}))
 
 
 def test_unusable_cases_are_left_out_on_demand(data, tmp_path, capsys) -> None:
@@ -174,7 +258,7 @@ def test_an_organ_of_validation_cases_alone_is_warned_of(data, tmp_path, capsys)
 
 def test_resume_without_a_run(data, tmp_path) -> None:
     with pytest.raises(FocusNetError, match="last.pt"):
-        start(data, tmp_path / "none", tiny_config(), resume=True)
+        resume_by_command(data, tmp_path / "none")
 
 
 def test_truncated_checkpoint(finished, tmp_path) -> None:
