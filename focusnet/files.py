@@ -1,6 +1,7 @@
 """Writing files so that no truncated one is ever visible under its final name."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,3 +31,35 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a folder that is a file fails here too, and would hide the first error
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; on success it replaces `path` and all in there, on error it is removed.
+
+    No file system replaces a folder in one step: the older one is moved aside and deleted last, so that even a kill in
+    between leaves a whole one, though maybe under a name that starts with a dot.
+
+    Raises:
+        FocusNetError: the folder cannot be written (read-only, disk full), naming `path`.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    mark = uuid.uuid4().hex[:8]
+    temporary, older = (path.with_name(f".{kind}-{mark}-{path.name}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            path.rename(older)
+        temporary.rename(path)
+    except FocusNetError as error:
+        raise FocusNetError(str(error).replace(str(temporary), str(path))) from error
+    except OSError as error:
+        raise FocusNetError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if older.exists() and not path.exists():
+            older.rename(path)
+        shutil.rmtree(older, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

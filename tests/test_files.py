@@ -13,7 +13,7 @@ from focusnet.checkpoint import Model, build_network, load_checkpoint, save_chec
 from focusnet.data.images import Grid, write_labels
 from focusnet.data.plan import Plan
 from focusnet.errors import FocusNetError
-from focusnet.files import atomic_write
+from focusnet.files import atomic_folder, atomic_write
 from tests.tiny import tiny_config
 
 
@@ -85,3 +85,49 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(FocusNetError, match="cannot write .*out/a"), atomic_write(tmp_path / "out" / "a"):
         pass
+
+
+def write_folder(path: Path, name: str, error: type[BaseException] | None = None) -> None:
+    with atomic_folder(path) as temporary:
+        write(temporary / name, "new")
+        if error is not None:
+            raise error
+
+
+def test_a_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
+    write_folder(tmp_path / "out" / "case", "a")
+    write_folder(tmp_path / "out" / "case", "b")
+    assert names(tmp_path / "out") == ["case"] and names(tmp_path / "out" / "case") == ["b"]
+    (tmp_path / "link").symlink_to(tmp_path / "out" / "case")
+    write_folder(tmp_path / "link", "c")
+    assert (tmp_path / "link").is_symlink() and names(tmp_path / "out" / "case") == ["c"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_last_good_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    write_folder(tmp_path / "case", "a")
+    with pytest.raises(error):
+        write_folder(tmp_path / "case", "b", error)
+    assert names(tmp_path) == ["case"] and names(tmp_path / "case") == ["a"]
+
+
+def test_a_failed_exchange_brings_the_last_good_folder_back(tmp_path: Path, monkeypatch) -> None:
+    write_folder(tmp_path / "case", "a")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.startswith(".tmp-"):
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(FocusNetError, match="cannot write .*case: Permission denied"):
+        write_folder(tmp_path / "case", "b")
+    assert names(tmp_path) == ["case"] and names(tmp_path / "case") == ["a"]
+
+
+def test_a_full_disk_names_the_final_folder(tmp_path: Path) -> None:
+    with pytest.raises(FocusNetError) as caught, full_disk(), atomic_folder(tmp_path / "case") as temporary:
+        write(temporary / "a", "long" * 10_000)
+    assert str(caught.value) == f"cannot write {tmp_path / 'case' / 'a'}: File too large"
+    assert names(tmp_path) == []
