@@ -1,7 +1,9 @@
 """`python -m focusnet.predict CHECKPOINT INPUT --out OUT`: segment CTs on exactly their own grids."""
 
+import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,18 @@ from rich.console import Console
 from rich.progress import track
 
 from .checkpoint import Model, load_checkpoint
-from .cli import command_parser, parse, pick_device, run
-from .data.cases import find_cases
+from .cli import EXIT_ERROR, command_parser, parse, pick_device, run
+from .config import Config
 from .data.images import Grid, Volume, read_image, write_labels
+from .data.inputs import find_inputs
 from .data.preprocess import normalize, prepare_image, restore_labels
 from .errors import FocusNetError
-from .files import atomic_write
+from .files import atomic_folder
 from .inference import Segmentation, segment
 from .qc import draw_qc
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+_WRITTEN = {"labels.nii.gz", "labels.json", "segmentations", "statistics.json", "qc.png"}
+_PARTS = {"snet": "S-Net", "sol": "SOL-Net", "sos": "SOS-Net"}
 
 
 def predict_volume(model: Model, image: Volume, device: torch.device) -> tuple[np.ndarray, Segmentation, Volume]:
@@ -73,54 +77,67 @@ def _physical(grid: Grid, voxel: np.ndarray) -> list[float]:
 
 
 def predict_case(model: Model, name: str, source: Path, out: Path, device: torch.device, *, per_organ: bool) -> None:
-    """Segment `source` and write everything about it to `out`/`name`."""
+    """Segment `source` and write everything about it to `out`/`name`, which replaces an earlier prediction as a whole.
+
+    Raises:
+        FocusNetError: `source` cannot be read, or `out`/`name` cannot be written or is no prediction's folder.
+    """
+    _check_replaceable(out / name)
     image = read_image(source)
     labels, result, prepared = predict_volume(model, image, device)
-    folder = out / name
-    names = {str(value): organ for value, organ in enumerate(model.plan.organ_names, start=1)}
-    if per_organ:
-        for value, organ in enumerate(model.plan.organ_names, start=1):
-            write_labels(folder / "segmentations" / f"{organ}.nii.gz", (labels == value).astype(np.uint8), image.grid)
-    else:
-        write_labels(folder / "labels.nii.gz", labels, image.grid)
-        _write_json(folder / "labels.json", names)
-    _write_json(folder / "statistics.json", statistics(model, labels, image, result))
-    with atomic_write(folder / "qc.png") as temporary:
-        draw_qc(temporary, prepared, result, model)
+    organs = dict(enumerate(model.plan.organ_names, start=1))
+    with atomic_folder(out / name) as folder:
+        if per_organ:
+            for value, organ in organs.items():
+                mask = (labels == value).astype(np.uint8)
+                write_labels(folder / "segmentations" / f"{organ}.nii.gz", mask, image.grid)
+        else:
+            write_labels(folder / "labels.nii.gz", labels, image.grid)
+            _write_json(folder / "labels.json", {str(value): organ for value, organ in organs.items()})
+        _write_json(folder / "statistics.json", statistics(model, labels, image, result))
+        draw_qc(folder / "qc.png", prepared, result, model)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what `predict` did not write: with the data set as --out, that would be the CTs."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FocusNetError(f"cannot write {folder}: it is a file, expected a folder")
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if found and ("statistics.json" not in found or found - _WRITTEN):
+        odd = min(found - _WRITTEN, default="no statistics.json")
+        raise FocusNetError(f"cannot replace {folder}: it is no prediction ({odd}); choose another --out")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def find_inputs(source: Path) -> list[tuple[str, Path]]:
-    """Names and images of a file, a folder of cases, or a DICOM folder.
+def _with_options(config: Config, chosen: dict[str, Any]) -> Config:
+    """`config` with the options of prediction that were given, checked."""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    config = dataclasses.replace(config, predict=dataclasses.replace(config.predict, **given))
+    config.check()
+    return config
 
-    Raises:
-        FocusNetError: there is nothing to segment.
-    """
-    if source.is_file():
-        suffix = next((s for s in IMAGE_SUFFIXES if source.name.lower().endswith(s)), None)
-        if suffix is None:
-            raise FocusNetError(
-                f"{source}: not an image; expected one of {', '.join(IMAGE_SUFFIXES)} or a DICOM folder"
-            )
-        return [(source.name[: -len(suffix)], source)]
-    if not source.is_dir():
-        raise FocusNetError(f"{source}: no such file or folder")
-    images = [path for path in sorted(source.iterdir()) if path.name.lower().endswith(IMAGE_SUFFIXES)]
-    if images and not (source / "structures").is_dir():
-        return [found for path in images for found in find_inputs(path)]
-    try:
-        cases = find_cases(source)
-    except FocusNetError:
-        cases = []
-    return [(case.name, case.image) for case in cases if case.image is not None] or [(source.name, source)]
+
+def _describe(model: Model, checkpoint: Path, device: torch.device) -> str:
+    parts = ", ".join(_PARTS[part] for part in model.parts)
+    settings = ", ".join(f"{name} {value}" for name, value in vars(model.config.predict).items())
+    return f"{checkpoint}: {parts}{' alone' if len(model.parts) == 1 else ''}; {settings}; device {device}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU has too little memory for it; --device cpu needs none"
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command."""
+    """The command; returns the exit status: 0, or 2 if a CT could not be segmented."""
     parser = command_parser(
         "predict", "CHECKPOINT INPUT --out OUT", "Segment CTs; masks lie on exactly the CTs' grids."
     )
@@ -131,20 +148,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--per_organ", action="store_true", help="one binary mask per organ instead of one label map")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    for name, kind, text in (
+        ("overlap", float, "share by which neighbouring windows overlap"),
+        ("min_peak", float, "a small organ whose heat map stays below this keeps S-Net's segmentation"),
+        ("largest_component", bool, "keep the largest connected part alone of what S-Net segments"),
+    ):
+        parser.add_argument(f"--{name}", f"--predict.{name}", type=kind | None, help=f"{text} (default: checkpoint's)")
     arguments = parse(parser, argv)
     device, console = pick_device(arguments.device), Console(stderr=True)
     model, _ = load_checkpoint(arguments.checkpoint, device)
+    options = {field.name: arguments[field.name] for field in dataclasses.fields(model.config.predict)}
+    model = dataclasses.replace(model, config=_with_options(model.config, options))
     model.network.eval()
-    inputs, failures = find_inputs(arguments.input), []
-    for name, source in track(inputs, description="predicting", console=console, transient=True):
+    inputs, empty = find_inputs(arguments.input)
+    if empty:
+        print(f"note: no CT in {', '.join(empty)}", file=sys.stderr)
+    failures = []
+    print(_describe(model, arguments.checkpoint, device))
+    for name, source in track(list(inputs.items()), description="predicting", console=console, transient=True):
         try:
             predict_case(model, name, source, arguments.out, device, per_organ=arguments.per_organ)
-        except FocusNetError as error:
-            failures.append(str(error))
+        except (FocusNetError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            failures.append(f"{name}: {_reason(error)}")
     print(f"segmented {len(inputs) - len(failures)} of {len(inputs)} CTs into {arguments.out}")
-    if failures:
-        raise FocusNetError("; ".join(failures))
-    return 0
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return EXIT_ERROR if failures else 0
 
 
 if __name__ == "__main__":

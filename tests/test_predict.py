@@ -69,13 +69,86 @@ def test_a_folder_of_cases(checkpoint, tmp_path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["case_0", "case_1"]
 
 
-def test_one_bad_case_does_not_stop_the_others(checkpoint, tmp_path) -> None:
+def test_one_bad_case_does_not_stop_the_others(checkpoint, tmp_path, capsys) -> None:
     write_data(tmp_path / "data", cases=2)
     whole = (tmp_path / "data" / "case_0" / "img.nrrd").read_bytes()
     (tmp_path / "data" / "case_0" / "img.nrrd").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FocusNetError, match="case_0"):
-        run(checkpoint, tmp_path / "data", tmp_path / "out")
+    assert run(checkpoint, tmp_path / "data", tmp_path / "out") == 2
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["case_1"]
+    printed = capsys.readouterr()
+    assert "segmented 1 of 2" in printed.out
+    assert printed.err.count("error: ") == 1 and "error: case_0: cannot read" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nSee the manual"), "the GPU has too little memory"),
+        (RuntimeError("CUDA error: launch failed\nCompile with ..."), "CUDA error: launch failed\n"),
+        (MemoryError(), "it does not fit into memory"),
+        (ValueError("an axis of 0"), "an axis of 0"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_one_case_that_fails_does_not_stop_the_others(checkpoint, tmp_path, monkeypatch, capsys, error, reason) -> None:
+    write_data(tmp_path / "data", cases=2)
+    work = predict.predict_volume
+
+    def fail_first(*arguments):
+        monkeypatch.setattr(predict, "predict_volume", work)
+        raise error
+
+    monkeypatch.setattr(predict, "predict_volume", fail_first)
+    assert run(checkpoint, tmp_path / "data", tmp_path / "out") == 2
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["case_1"]
+    assert reason in capsys.readouterr().err.partition("error: case_0: ")[2]
+
+
+def test_a_case_is_written_as_a_whole(checkpoint, tmp_path, monkeypatch) -> None:
+    write_case(tmp_path / "case", 5)
+    run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "img").iterdir()}
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "draw_qc", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "out", "--per_organ")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["img"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "img").iterdir()} == before
+    run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "out", "--per_organ")
+    assert {path.name for path in (tmp_path / "out" / "img").iterdir()} == {
+        "segmentations",
+        "statistics.json",
+        "qc.png",
+    }
+
+
+def test_the_data_set_is_never_replaced(checkpoint, tmp_path, capsys) -> None:
+    write_data(tmp_path / "data", cases=1)
+    before = sorted((tmp_path / "data").rglob("*"))
+    assert run(checkpoint, tmp_path / "data", tmp_path / "data") == 2
+    assert "case_0: cannot replace" in capsys.readouterr().err
+    assert sorted((tmp_path / "data").rglob("*")) == before
+
+
+def test_options_of_prediction(checkpoint, tmp_path, capsys) -> None:
+    write_case(tmp_path / "case", 5)
+    image = tmp_path / "case" / "img.nrrd"
+    run(checkpoint, image, tmp_path / "default")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"{checkpoint}: S-Net, SOL-Net, SOS-Net; overlap 0.5, min_peak 0.2, largest_component True")
+    assert line.endswith("device cpu")
+    run(
+        checkpoint, image, tmp_path / "out", "--overlap", "0", "--predict.min_peak", "1", "--largest_component", "false"
+    )
+    assert "overlap 0.0, min_peak 1.0, largest_component False" in capsys.readouterr().out
+    default, changed = (read_labels(tmp_path / out / "img" / "labels.nii.gz").array for out in ("default", "out"))
+    assert not np.array_equal(default, changed)
+    with pytest.raises(FocusNetError, match="predict.overlap is 1.0"):
+        run(checkpoint, image, tmp_path / "out", "--overlap", "1")
 
 
 def test_wrong_inputs_are_named(checkpoint, tmp_path) -> None:

@@ -10,6 +10,7 @@ Layouts (every `.nrrd` may also be `.nii.gz`, `.nii` or `.mha`; the image may be
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from .images import SUFFIXES, Grid, read_grid, read_labels
 from .organs import canonical_name
 
 _IMAGE_STEMS = ("img", "image", "ct")
-_MASK_FOLDERS = ("structures", "segmentations")
+MASK_FOLDERS = ("structures", "segmentations")
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def find_cases(root: Path) -> list[Case]:
         cases = _nnunet_cases(root)
     else:
         folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-        cases = [case for folder in folders if (case := _case_in(folder)) is not None] + _broken_links(root)
-        own = _case_in(root) if not cases else None
+        cases = [case for folder in folders if (case := case_in(folder)) is not None] + _broken_links(root)
+        own = case_in(root) if not cases else None
         cases = cases or ([own] if own is not None else [])
     if not cases:
         raise FocusNetError(
@@ -163,7 +164,7 @@ def _binary(array: np.ndarray, path: Path) -> np.ndarray:
     return mask
 
 
-def _stem(path: Path) -> str:
+def image_stem(path: Path) -> str:
     """File name without an image suffix; empty if it has none."""
     for suffix in (".seg.nrrd", *SUFFIXES):
         if path.name.lower().endswith(suffix):
@@ -171,10 +172,10 @@ def _stem(path: Path) -> str:
     return ""
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Files with an image's name; links to nothing too, so that reading them fails instead of losing an organ."""
     return sorted(
-        path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith(".") and _stem(path)
+        path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith(".") and image_stem(path)
     )
 
 
@@ -183,22 +184,28 @@ def _broken_links(root: Path) -> list[Case]:
     return [Case(link.name, None, problems=(f"{link} is a link to nothing",)) for link in links]
 
 
-def _case_in(folder: Path) -> Case | None:
-    files = _images(folder)
-    images = [path for stem in _IMAGE_STEMS for path in files if _stem(path).lower() == stem]
+def case_name(folder: Path) -> str:
+    """The folder's own name, also where it is given as `.` or `..`."""
+    return os.path.basename(os.path.abspath(folder))
+
+
+def case_in(folder: Path) -> Case | None:
+    """The case whose files lie in `folder`; None if there is none."""
+    files, name = image_files(folder), case_name(folder)
+    images = [path for stem in _IMAGE_STEMS for path in files if image_stem(path).lower() == stem]
     images += [folder / stem for stem in _IMAGE_STEMS if (folder / stem).is_dir()]  # of DICOM slices
     image = images[0] if images else None
-    masks = [path for name in _MASK_FOLDERS if (folder / name).is_dir() for path in _images(folder / name)]
+    masks = [path for kind in MASK_FOLDERS if (folder / kind).is_dir() for path in image_files(folder / kind)]
     if masks:
-        return _mask_case(folder.name, image, [(_stem(path), path) for path in masks])
-    labels = next((path for path in files if _stem(path) == "labels"), None)
+        return _mask_case(name, image, [(image_stem(path), path) for path in masks])
+    labels = next((path for path in files if image_stem(path) == "labels"), None)
     if labels is not None:
-        return _multilabel_case(folder.name, image, labels, folder / "labels.json")
-    han_seg = next((path for path in files if _stem(path).endswith("_IMG_CT")), None)
+        return _multilabel_case(name, image, labels, folder / "labels.json")
+    han_seg = next((path for path in files if image_stem(path).endswith("_IMG_CT")), None)
     if han_seg is not None:
-        parts = [(_stem(path).partition("_OAR_")[2], path) for path in files]
-        return _mask_case(folder.name, han_seg, [(name, path) for name, path in parts if name])
-    return Case(folder.name, image) if image is not None else None
+        parts = [(image_stem(path).partition("_OAR_")[2], path) for path in files]
+        return _mask_case(name, han_seg, [(organ, path) for organ, path in parts if organ])
+    return Case(name, image) if image is not None else None
 
 
 def _mask_case(name: str, image: Path | None, files: list[tuple[str, Path]]) -> Case:
@@ -255,13 +262,13 @@ def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str,
 def _nnunet_cases(root: Path) -> list[Case]:
     table = root / "dataset.json"
     content = _read_json(table)
-    labels = {_stem(path): path for path in _images(root / "labelsTr")} if (root / "labelsTr").is_dir() else {}
+    labels = {image_stem(path): path for path in image_files(root / "labelsTr")} if (root / "labelsTr").is_dir() else {}
     images = {}
     if (root / "imagesTr").is_dir():
         images = {
-            _stem(path).removesuffix("_0000"): path
-            for path in _images(root / "imagesTr")
-            if _stem(path).endswith("_0000")
+            image_stem(path).removesuffix("_0000"): path
+            for path in image_files(root / "imagesTr")
+            if image_stem(path).endswith("_0000")
         }
     values, unknown = _label_values(table, content.get("labels") if isinstance(content, dict) else None)
     unlabelled = [Case(name, images[name]) for name in images if name not in labels]

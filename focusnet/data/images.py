@@ -457,9 +457,18 @@ def _check_slices(folder: Path, readable: set[str]) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in readable or not path.is_file():
             continue
-        with path.open("rb") as file:
-            if _CT_STORAGE in file.read(1024):
-                raise FocusNetError(f"cannot read {path}: the CT slice is truncated or damaged")
+        if _is_ct_slice(path):
+            raise FocusNetError(f"cannot read {path}: the CT slice is truncated or damaged")
+
+
+def holds_ct_slices(folder: Path) -> bool:
+    """Whether slices of a CT series lie in the folder itself."""
+    return any(_is_ct_slice(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name[:1] != ".")
+
+
+def _is_ct_slice(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _CT_STORAGE in file.read(1024)
 
 
 def _dicom_tags(file: str) -> dict[str, str]:
