@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .cli import EXIT_ERROR, add_config, command_parser, config_of, parse, run
@@ -189,9 +190,9 @@ def _print_reports(console: Console, reports: list[CaseReport]) -> None:
     odd = outliers(reports)
     for report in reports:
         for problem in report.problems:
-            console.print(f"[red]unusable[/] {report.name}: ", _plain(problem), sep="")
+            console.print("[red]unusable[/]", escape(f"{report.name}: {problem}"), emoji=False)
         for note in report.notes + odd.get(report.name, []):
-            console.print(f"[yellow]note[/]     {report.name}: ", _plain(note), sep="")
+            console.print("[yellow]note[/]    ", escape(f"{report.name}: {note}"), emoji=False)
     bad = sum(bool(report.problems) for report in reports)
     left_out = sum(report.record is None for report in reports) - bad
     noted = sum(bool(report.notes or report.name in odd) and report.record is not None for report in reports)
@@ -199,12 +200,6 @@ def _print_reports(console: Console, reports: list[CaseReport]) -> None:
         f"{len(reports)} cases: {len(reports) - bad - left_out - noted} clean, {noted} usable with notes, "
         f"{left_out} without any of the organs, {bad} unusable"
     )
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
@@ -266,7 +261,9 @@ def main(argv: list[str] | None = None) -> int:
     plan.save(folder / "plan.json")
     _print_plan(console, plan)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    console.print(f"saved in {folder}: plan.json, and {size / 1e6:.0f} MB that train will use", markup=False)
+    console.print(
+        f"saved in {folder}: plan.json, and {size / 1e6:.0f} MB that train will use", markup=False, emoji=False
+    )
     return 0
 
 

@@ -5,6 +5,7 @@ S-Net; then SOL-Net with S-Net fixed, its norm statistics too; then SOS-Net with
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class State:
         best: Best validation score of that stage so far.
         best_epoch: The epoch that had it.
         seconds: Training time so far.
-        history: One entry per finished epoch.
+        history: One entry per finished epoch: what `history.json` holds.
     """
 
     stage: str = STAGES[0]
@@ -143,46 +144,54 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch)
         loss = self._train_epoch(stage, epoch, settings)
-        entry: dict[str, Any] = {
+        self.state.epoch += 1
+        result = self._validate() if self._validates(settings) else None
+        seconds = time.monotonic() - started
+        entry = {
             "stage": stage,
-            "epoch": epoch + 1,
+            "epoch": self.state.epoch,
             "loss": loss,
             "lr": learning_rate(settings, epoch),
+            "seconds": round(seconds, 3),
+            **(result.to_dict() if result is not None else {}),
         }
-        self.state.epoch += 1
-        result = self._validate(stage) if self._validates(settings) else None
-        if result is not None:
-            entry |= result.to_dict()
-        seconds = time.monotonic() - started
         self.state.seconds += seconds
         self.state.history.append(entry)
-        self._report(stage, settings, entry, seconds, result)
+        self._report(stage, settings, entry, result)
         self._save(result)
 
-    def _train_epoch(self, stage: str, epoch: int, settings: StageConfig) -> float:
-        network, optimizer = self.model.network, self.optimizer
-        assert optimizer is not None
-        network.eval()
+    def _train_epoch(self, stage: str, epoch: int, settings: StageConfig) -> float | None:
+        """The mean loss; None if no crop had one."""
+        self.model.network.eval()
         for name in TRAINED[stage]:
-            getattr(network, name).train()
-        total, count = 0.0, 0
-        for crop in self._batches(stage, epoch, f"{stage} {epoch + 1}/{settings.epochs}"):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-                loss = self._loss(stage, crop)
-            if loss is None:
-                continue
-            value = loss.item()
-            if not math.isfinite(value):
-                saved = (self.out / "last.pt").exists()
-                raise FocusNetError(
-                    f"the loss became {value} in stage {stage}, epoch {epoch + 1}: lower train.{stage}.lr "
-                    + ("and go on from the epoch before with --resume" if saved else "and start again")
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total, count = total + value, count + 1
-        return total / count if count else math.nan
+            getattr(self.model.network, name).train()
+        losses: list[float] = []
+        with _progress(self.console) as progress:
+            task = progress.add_task(f"{stage} {epoch + 1}/{settings.epochs}", total=self.steps, loss="")
+            for crop in self._batches(stage, epoch):
+                loss = self._step(stage, epoch, crop)
+                losses += [] if loss is None else [loss]
+                progress.update(task, advance=1, loss=f"loss {losses[-1]:.4f}" if losses else "")
+        return statistics.fmean(losses) if losses else None
+
+    def _step(self, stage: str, epoch: int, crop: Crop) -> float | None:
+        """One step of the optimizer; returns the loss, or None if the batch has none."""
+        assert self.optimizer is not None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            loss = self._loss(stage, crop)
+        if loss is None:
+            return None
+        value = loss.item()
+        if not math.isfinite(value):
+            saved = (self.out / "last.pt").exists()
+            raise FocusNetError(
+                f"the loss became {value} in stage {stage}, epoch {epoch + 1}: lower train.{stage}.lr "
+                + ("and go on from the epoch before with --resume" if saved else "and start again")
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return value
 
     def _loss(self, stage: str, crop: Crop) -> Tensor | None:
         network, plan, config = self.model.network, self.model.plan, self.model.config.loss
@@ -201,8 +210,8 @@ class Trainer:
         small = sos_loss(network, crop, snet, heatmaps, plan, config)
         return loss if small is None else loss + config.sos_weight * small
 
-    def _batches(self, stage: str, epoch: int, title: str) -> Iterator[Crop]:
-        """The crops of one epoch, on the device, with a progress bar."""
+    def _batches(self, stage: str, epoch: int) -> Iterator[Crop]:
+        """The crops of one epoch, on the device."""
         focus = self.model.plan.organ_names if stage == "snet" else self.model.plan.small_organs
         size, length = self.config.batch_size, self.steps * self.config.batch_size
         # every epoch of every stage has crops of its own
@@ -215,32 +224,24 @@ class Trainer:
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
         )
-        with _progress(self.console) as progress:
-            for crop in progress.track(loader, total=self.steps, description=title):
-                yield Crop(*(tensor.to(self.device, non_blocking=True) for tensor in crop))
+        for crop in loader:
+            yield Crop(*(tensor.to(self.device, non_blocking=True) for tensor in crop))
 
     def _validates(self, settings: StageConfig) -> bool:
         return self.state.epoch % self.config.validate_every == 0 or self.state.epoch == settings.epochs
 
-    def _validate(self, stage: str) -> Validation:
+    def _validate(self) -> Validation:
         self.model.network.eval()
         return validate(self.model, self.cache, self.validation_cases, self.device)
 
-    def _report(
-        self,
-        stage: str,
-        settings: StageConfig,
-        entry: dict[str, Any],
-        seconds: float,
-        result: Validation | None,
-    ) -> None:
-        left = seconds * (settings.epochs - self.state.epoch)
+    def _report(self, stage: str, settings: StageConfig, entry: dict[str, Any], result: Validation | None) -> None:
+        loss = "no small organ in any crop" if entry["loss"] is None else f"loss {entry['loss']:.4f}"
+        epochs = {name: getattr(self.config, name).epochs for name in stages(self.model)}
+        left = seconds_left(self.state, epochs)
+        ends = f"  about {_duration(left)} left" if left else ""
+        took = f"{entry['seconds']:.0f} s"
         score = f"  validation DSC {result.score:.3f}" if result is not None else ""
-        self.console.print(
-            f"{stage} {entry['epoch']}/{settings.epochs}  loss {entry['loss']:.4f}  lr {entry['lr']:.2g}  "
-            f"{seconds:.0f} s  stage ends in {_duration(left)}{score}",
-            highlight=False,
-        )
+        self._say(f"{stage} {entry['epoch']}/{settings.epochs}  {loss}  lr {entry['lr']:.2g}  {took}{ends}{score}")
         if result is not None:
             self.console.print(result.table())
 
@@ -259,7 +260,7 @@ class Trainer:
             save_checkpoint(self.out / "best.pt", self.model, {"state": vars(self.state), "optimizer": None})
         save_checkpoint(self.out / "last.pt", self.model, training)
         with atomic_write(self.out / "history.json") as temporary:
-            temporary.write_text(json.dumps(self.state.history, indent=1))
+            temporary.write_text(json.dumps(self.state.history, indent=1, allow_nan=False))
 
 
 def stages(model: Model) -> list[str]:
@@ -320,6 +321,18 @@ def learning_rate(settings: StageConfig, epoch: int) -> float:
     return settings.lr * settings.decay**passed
 
 
+def seconds_left(state: State, epochs: dict[str, int]) -> float:
+    """Estimate of the time until all stages end: every epoch left takes as long as those of this stage did.
+
+    Args:
+        state: Where training stands; its stage has a finished epoch.
+        epochs: Epochs of every stage that is trained.
+    """
+    spent = [entry["seconds"] for entry in state.history if entry["stage"] == state.stage]
+    ahead = sum(count for stage, count in epochs.items() if STAGES.index(stage) >= STAGES.index(state.stage))
+    return (ahead - state.epoch) * statistics.fmean(spent)
+
+
 def _optimizer(parameters: list[nn.Parameter], settings: StageConfig) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
@@ -327,13 +340,22 @@ def _optimizer(parameters: list[nn.Parameter], settings: StageConfig) -> torch.o
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    count, left, loss = MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}")
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        count,
+        left,
+        loss,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _say(console: Console, line: str) -> None:
     """Print a line that may hold names and paths, which are no markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
@@ -400,7 +422,8 @@ def start_training(
     state = trainer.state
     _say(
         reporter,
-        f"done: {out / 'best.pt'} is epoch {state.best_epoch} of stage {state.stage}, validation DSC {state.best:.3f}",
+        f"done: {out / 'best.pt'} is epoch {state.best_epoch} of stage {state.stage}, validation DSC {state.best:.3f}; "
+        f"training took {_duration(state.seconds)}",
     )
 
 

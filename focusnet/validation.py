@@ -13,7 +13,7 @@ from .checkpoint import Model
 from .data.crops import label_values, load_case
 from .data.plan import CaseRecord
 from .data.preprocess import normalize
-from .evaluate import OrganScore, TableRow, evaluate_pair, format_table, summarize
+from .evaluate import OrganScore, Stat, TableRow, evaluate_pair, format_table, summarize
 from .inference import Segmentation, segment
 
 
@@ -34,10 +34,16 @@ class Validation:
         return format_table(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """For the history: the score and every organ's mean DSC."""
+        """For the history: the score, every organ's mean DSC, and how well the small organs were located.
+
+        `localisation_mm` (mean distance) and `inside_roi` (share of organs) are means over organs, None before SOL-Net.
+        """
+        organs = [row for row in self.rows if row.group != "mean"]
         return {
             "score": self.score,
-            "dsc": {row.organ: row.dsc.mean for row in self.rows if row.group != "mean"},
+            "dsc": {row.organ: row.dsc.mean for row in organs},
+            "localisation_mm": Stat.of(row.localisation_mm.mean for row in organs).mean,
+            "inside_roi": Stat.of(row.inside_roi.mean for row in organs).mean,
         }
 
 
@@ -59,8 +65,8 @@ def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.d
         )
         scores += _score(model, case, label_values(case, model.plan)[labels], result)
     rows = summarize(scores, model.plan.small_organs)
-    means = [row.dsc.mean for row in rows if row.group != "mean" and row.dsc.mean is not None]
-    return Validation(float(np.mean(means)) if means else 0.0, rows)
+    score = Stat.of(row.dsc.mean for row in rows if row.group != "mean").mean
+    return Validation(score or 0.0, rows)
 
 
 def _score(model: Model, case: CaseRecord, labels: np.ndarray, result: Segmentation) -> list[OrganScore]:

@@ -296,6 +296,21 @@ def test_chosen_organs_alone_are_read(tmp_path: Path) -> None:
     assert [case.name for case in plan.cases] == ["case_0", "case_3"]
 
 
+def test_brackets_and_colons_in_names_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_case(tmp_path / "[red]" / "[b]ob:a:", 0)
+    write_labels(tmp_path / "[red]" / "[b]ob:a:" / "structures" / "Lens_L.nrrd", np.zeros(GRID.shape, np.uint8), GRID)
+    write_case(tmp_path / "[red]" / "[i]c", 1)
+    (tmp_path / "[red]" / "[i]c" / "img.nrrd").write_bytes(b"")
+    options = [str(tmp_path / "[red]"), "--cache", str(tmp_path / "[cache]"), "--data.spacing", "[3,2,2]", "--skip-bad"]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert "note     [b]ob:a:: Lens_L: its mask" in printed
+    assert f"unusable [i]c: cannot read {tmp_path}/[red]/[i]c/img.nrrd" in printed
+    assert f"saved in {tmp_path / '[cache]'}/[red]-3x2x2mm-" in printed
+
+
 def test_a_case_without_the_wanted_organs_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, cache = write_data(tmp_path / "data", 3), tmp_path / "cache"
     write_labels(data / "case_0" / "structures" / "Eye_R.nrrd", np.zeros(GRID.shape, np.uint8), GRID)

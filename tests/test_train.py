@@ -1,7 +1,9 @@
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,12 +12,13 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from focusnet.checkpoint import load_checkpoint
 from focusnet.config import AugmentConfig, StageConfig
 from focusnet.errors import FocusNetError
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
-from focusnet.train import STAGES, Trainer, learning_rate, main, split_cases, start_training
+from focusnet.train import STAGES, State, Trainer, learning_rate, main, seconds_left, split_cases, start_training
 from tests.tiny import tiny_config, write_data
 
 CPU = torch.device("cpu")
@@ -46,7 +49,12 @@ def test_all_stages_run_and_are_recorded(finished) -> None:
     history = json.loads((finished / "history.json").read_text())
     assert [entry["stage"] for entry in history] == [stage for stage in STAGES for _ in range(2)]
     assert all(math.isfinite(entry["loss"]) for entry in history)
-    assert {"score", "dsc"} <= history[-1].keys()
+    assert history[-1].keys() == {
+        *("stage", "epoch", "loss", "lr", "seconds"),
+        *("score", "dsc", "localisation_mm", "inside_roi"),
+    }
+    assert history[1]["stage"] == "snet" and history[1]["localisation_mm"] is history[1]["inside_roi"] is None
+    assert history[-1]["localisation_mm"] > 0 and 0 <= history[-1]["inside_roi"] <= 1
     assert not list(finished.glob("**/.tmp*"))
     model, training = load_checkpoint(finished / "last.pt", CPU)
     assert model.parts == ("snet", "sol", "sos")
@@ -224,6 +232,39 @@ def test_a_loss_that_is_not_a_number_stops_training(data, begun, tmp_path, monke
     with pytest.raises(FocusNetError, match=r"epoch 2: lower train.snet.lr and go on .* with --resume"):
         resume_by_command(data, out)
     assert (out / "last.pt").read_bytes() == (begun[0] / "last.pt").read_bytes()
+
+
+def test_an_epoch_without_any_loss_is_null_in_the_history(data, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Trainer, "_loss", lambda self, stage, crop: None)
+    start(data, tmp_path / "run", tiny_config(**{stage: StageConfig(epochs=int(stage == "snet")) for stage in STAGES}))
+    text = (tmp_path / "run" / "history.json").read_text()
+    assert json.loads(text)[0]["loss"] is None and "NaN" not in text
+    assert "snet 1/1  no small organ" in capsys.readouterr().out
+
+
+def test_a_terminal_shows_loss_and_time_left(data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, color_system=None, width=120)
+    monkeypatch.setattr("focusnet.train.console", lambda: terminal)
+    monkeypatch.setattr(Trainer, "_loss", lambda self, stage, crop: torch.tensor(1.25, requires_grad=True))
+    monkeypatch.setattr(Trainer, "_validates", lambda self, settings: False)
+    bracketed = shutil.copytree(data / "case_0", tmp_path / "data" / "[b]ob:a:").parent
+    shutil.copytree(data / "case_2", bracketed / "case_2")
+    config = tiny_config(**{stage: StageConfig(epochs=2 * (stage in ("snet", "sol"))) for stage in STAGES})
+    config.train.validation_cases = ["[b]ob:a:"]
+    start_training(bracketed, tmp_path / "run", config, cache=tmp_path / "cache", device=CPU)
+    assert "validation on [b]ob:a:;" in shown.getvalue()
+    assert re.search(r"snet 1/2 .* 3/3 .* loss 1\.2500", shown.getvalue())
+    assert len(re.findall(r"(?:snet|sol) ./2  loss 1\.2500 .* about .* left", shown.getvalue())) == 3  # not the last
+
+
+def test_the_time_left_covers_all_stages() -> None:
+    epochs = {"snet": 10, "sol": 4, "joint": 2}
+    state = State("snet", 2, history=[{"stage": "snet", "seconds": 30.0}, {"stage": "snet", "seconds": 50.0}])
+    assert seconds_left(state, epochs) == (8 + 4 + 2) * 40
+    later = State("joint", 1, history=[*state.history, {"stage": "joint", "seconds": 7.0}])
+    assert seconds_left(later, epochs) == 7
 
 
 def test_a_run_without_epochs(data, tmp_path) -> None:
