@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from .cli import run
+from . import require_extra
 
 COMMANDS = {
     "prepare": "check a data set, print the plan, fill the cache",
@@ -17,6 +17,9 @@ COMMANDS = {
 
 def main() -> None:
     """Dispatch to a command's own `main`."""
+    require_extra()
+    from .cli import run
+
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print("usage: focusnet COMMAND [options]\n\ncommands (each has --help):")
         print("\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items()))

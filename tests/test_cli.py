@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -11,6 +12,9 @@ from focusnet.config import _RULES, Config, LossConfig, _settings
 from focusnet.data.plan import OrganPlan, Plan
 from focusnet.errors import FocusNetError
 from focusnet.losses import focal_alpha
+
+# what the installed script does
+SCRIPT = "from focusnet.__main__ import main; main()"
 
 
 def config(*arguments: str) -> Config:
@@ -204,3 +208,15 @@ def test_one_focal_weight_per_class() -> None:
     assert focal_alpha(plan, LossConfig()).tolist() == [0.5, 1.5]
     with pytest.raises(FocusNetError, match="loss.alpha has 3 values, expected 2: background, Brainstem"):
         focal_alpha(plan, LossConfig(alpha=[1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("command", [["-m", "focusnet.predict"], ["-m", "focusnet"], ["-c", SCRIPT]])
+def test_without_the_extra_it_is_one_line(command: list[str], tmp_path) -> None:
+    # a module of None is one that cannot be imported
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.modules['jsonargparse'] = None; sys.modules['rich'] = None"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == 'error: focusnet needs jsonargparse, rich: pip install "focuskernels[focusnet]"\n'
