@@ -79,7 +79,8 @@ class LossConfig:
 
     Attributes:
         gamma: Focusing exponent of the focal loss (equation 1).
-        alpha: Focal weight of the background and of every organ; null is inverse to mean organ size.
+        alpha: Focal weight of the background and of every organ, in the paper "inverse to the average size"; null takes
+            0.5 and sqrt(mean volume of all organs / volume of the organ), clipped to 0.25..8 (docs/model.md says why).
         dice_weight: Weight of the generalized dice loss (equation 2) beside the focal loss.
         smooth: Added to numerator and denominator of every dice ratio, in voxels. With 0, the paper's value, an organ
             that a crop does not hold has no dice gradient; anything larger rewards a network for never predicting it.
