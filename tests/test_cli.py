@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from focusnet.cli import add_config, command_parser, config_of, parse, pick_device, run
+from focusnet.cli import PRESETS, add_config, command_parser, config_of, parse, pick_device, run
 from focusnet.config import _RULES, Config, LossConfig, _settings
+from focusnet.data.organs import canonical_name
 from focusnet.data.plan import OrganPlan, Plan
 from focusnet.errors import FocusNetError
 from focusnet.losses import focal_alpha
@@ -220,3 +222,16 @@ def test_without_the_extra_it_is_one_line(command: list[str], tmp_path) -> None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == 'error: focusnet needs jsonargparse, rich: pip install "focuskernels[focusnet]"\n'
+
+
+def test_released_with_the_authors_nine_organs() -> None:
+    text = (PRESETS / "released.yaml").read_text()
+    options = re.findall(r"^#   (\S+): (.+)$", text, flags=re.MULTILINE)
+    chosen = config("--config", "released", *(part for name, value in options for part in (f"--{name}", value)))
+    assert chosen.data.organs is not None and chosen.data.small_organs is not None and chosen.loss.alpha is not None
+    assert len(chosen.loss.alpha) == len(chosen.data.organs) + 1 == 10
+    assert all(canonical_name(name) == name for name in chosen.data.organs)
+    assert set(chosen.data.small_organs) <= set(chosen.data.organs)
+    assert (chosen.train.joint.epochs, chosen.train.joint.lr) == (0, Config().train.joint.lr)
+    assert chosen.train.augment.zoom == Config().train.augment.zoom
+    assert chosen.loss.smooth == 1e-5
