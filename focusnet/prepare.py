@@ -203,9 +203,8 @@ def _print_reports(console: Console, reports: list[CaseReport]) -> None:
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
-    table = Table(
-        "#", "organ", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"Plan at {_by(plan.spacing)} mm (z, y, x)"
-    )
+    spacing = " x ".join(f"{side:g}" for side in plan.spacing)
+    table = Table("#", "organ", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"Plan at {spacing} mm (z, y, x)")
     table.columns[1].no_wrap = True
     for column in ("cases", "mm3", "voxels", "diam.", "box", "ROI", "alpha"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -226,10 +225,6 @@ def _print_plan(console: Console, plan: Plan) -> None:
         "means over the cases with the organ: voxels on the original grids, diameter and box in mm; "
         f"ROI of the small organs in prepared voxels; alpha of the background {plan.background_alpha:g}"
     )
-
-
-def _by(numbers: tuple[float, float, float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,25 +70,24 @@ def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.d
 
 
 def _score(model: Model, case: CaseRecord, labels: np.ndarray, result: Segmentation) -> list[OrganScore]:
-    found = result.labels.cpu().numpy()
-    names = {value: name for value, name in enumerate(model.plan.organ_names, start=1) if name in case.organs}
-    truth = {name: labels == value for value, name in names.items()}
-    prediction = {name: found == value for value, name in names.items()}
-    scores = evaluate_pair(truth, prediction, model.plan.spacing, case=case.name)
-    if "sol" not in model.parts:
-        return scores
-    peaks = dict(zip(model.plan.small_organs, result.peaks.cpu().numpy(), strict=True))
-    sizes = dict(zip(model.plan.small_organs, model.network.roi_sizes, strict=True))
-    return [
-        dataclasses.replace(
-            score,
-            localisation_mm=_distance_mm(peaks[score.organ], case.centers[score.organ], model.plan.spacing),
-            inside_roi=_inside(truth[score.organ], peaks[score.organ], sizes[score.organ]),
-        )
-        if score.organ in peaks and score.organ in case.centers
-        else score
-        for score in scores
-    ]
+    plan, found = model.plan, result.labels.cpu().numpy()
+    located = plan.small_organs if "sol" in model.parts else []
+    scores = []
+    for value, organ in enumerate(plan.organ_names, start=1):
+        if organ not in case.organs:
+            continue
+        truth = labels == value
+        (score,) = evaluate_pair({organ: truth}, {organ: found == value}, plan.spacing, case=case.name)
+        if organ in located:
+            position = located.index(organ)
+            peak = result.peaks[position].cpu().numpy()
+            score = dataclasses.replace(
+                score,
+                localisation_mm=_distance_mm(peak, case.centers[organ], plan.spacing),
+                inside_roi=_inside(truth, peak, model.network.roi_sizes[position]),
+            )
+        scores.append(score)
+    return scores
 
 
 def _distance_mm(peak: np.ndarray, center: tuple[float, float, float], spacing: tuple[float, float, float]) -> float:
