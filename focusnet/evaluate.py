@@ -13,6 +13,7 @@ import os
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from .cli import command_parser, parse, run
 from .data.cases import Case, find_cases, iter_masks
@@ -185,7 +187,8 @@ def format_table(rows: Sequence[TableRow], title: str | None = None) -> Table:
 
     "Matched" columns appear if an organ was missed; localisation and ROI columns if they were measured.
     """
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    # Text: names are no markup, whatever brackets they have
+    table = Table(title=None if title is None else Text(title), box=box.SIMPLE, title_justify="left")
     table.add_column("organ", no_wrap=True)
     columns = _table_columns(rows)
     for name in columns:
@@ -193,7 +196,7 @@ def format_table(rows: Sequence[TableRow], title: str | None = None) -> Table:
     for index, row in enumerate(rows):
         last = index + 1 == len(rows) or rows[index + 1].group != row.group
         cells = [cell(row) for cell in columns.values()]
-        table.add_row(row.organ, *cells, style="bold" if row.group == "mean" else None, end_section=last)
+        table.add_row(Text(row.organ), *cells, style="bold" if row.group == "mean" else None, end_section=last)
     return table
 
 
@@ -416,6 +419,10 @@ def _in_parallel(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
             yield from track(pool.map(_score_case, jobs), "comparing", total=len(jobs), console=bar)
+        except BrokenProcessPool as error:
+            raise FocusNetError(
+                f"one of {workers} processes was killed, maybe for lack of memory; try --processes 1"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

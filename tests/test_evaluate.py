@@ -287,3 +287,19 @@ def test_two_observers_agree_as_published_with_the_data() -> None:
     found = {row.organ: row for row in rows}
     assert [round(found[lens].matched_dsc.mean or 0, 3) for lens in lenses] == [0.878, 0.858]
     assert all(found[lens].n == 26 and found[lens].group == "small" for lens in lenses)
+
+
+def test_brackets_are_no_markup() -> None:
+    mask = _box(2, 5, 5)
+    text = table_text(summarize(evaluate_pair({"Eye[red]": mask}, {"Eye[red]": mask}, SPACING), []), "run [bold]")
+    assert "Eye[red]" in text and "run [bold]" in text
+
+
+def _die(job: object) -> None:
+    os._exit(9)
+
+
+def test_a_killed_process_is_one_line(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focusnet.evaluate._score_case", _die)
+    with pytest.raises(FocusNetError, match="one of 2 processes was killed"):
+        evaluate(*folders, processes=2)
