@@ -15,7 +15,7 @@ from rich.progress import track
 from .checkpoint import Model, load_checkpoint
 from .cli import EXIT_ERROR, command_parser, parse, pick_device, run
 from .config import Config
-from .data.images import Grid, Volume, read_image, write_labels
+from .data.images import Volume, read_image, write_labels
 from .data.inputs import find_inputs
 from .data.preprocess import normalize, prepare_image, restore_labels
 from .errors import FocusNetError
@@ -59,21 +59,16 @@ def statistics(model: Model, labels: np.ndarray, image: Volume, result: Segmenta
     table = {}
     for value, name in enumerate(model.plan.organ_names, start=1):
         voxels = np.argwhere(labels == value)
+        center = image.grid.point(voxels.mean(axis=0)).round(2).tolist() if len(voxels) else None
         confidence = float(result.confidence[value])
         table[name] = {
             "volume_cm3": round(len(voxels) * image.grid.voxel_mm3 / 1000, 4),
-            "center_mm": _physical(image.grid, voxels.mean(axis=0)) if len(voxels) else None,
+            "center_mm": center,
             "confidence": None if math.isnan(confidence) else round(confidence, 4),
         }
         if name in peaks:
             table[name]["heatmap_peak"] = round(peaks[name], 4)
     return table
-
-
-def _physical(grid: Grid, voxel: np.ndarray) -> list[float]:
-    """Voxel (z, y, x) to millimetres (x, y, z)."""
-    offset = np.array(grid.direction).reshape(3, 3) @ (voxel[::-1] * np.array(grid.spacing)[::-1])
-    return [round(float(c), 2) for c in np.array(grid.origin) + offset]
 
 
 def predict_case(model: Model, name: str, source: Path, out: Path, device: torch.device, *, per_organ: bool) -> None:

@@ -42,6 +42,12 @@ def test_pddca_layout(tmp_path: Path) -> None:
     assert [case.name for case in find_cases(tmp_path / "b")] == ["b"]
 
 
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "p" / "img.nrrd", cube(0))
+    monkeypatch.chdir(tmp_path / "p")
+    assert [case.name for case in find_cases(Path("."))] == ["p"]
+
+
 def test_segmentations_without_an_image(tmp_path: Path) -> None:
     save(tmp_path / "p" / "segmentations" / "Lens-Lt.nii.gz", cube(2))
     save(tmp_path / "p" / "segmentations" / "Orbit-Lt.nrrd", np.zeros(GRID.shape, np.uint8))

@@ -49,6 +49,9 @@ def test_the_mask_lies_on_exactly_the_inputs_grid(checkpoint, tmp_path, grid) ->
     for value, name in names.items():
         volume = (labels.array == int(value)).sum() * grid.voxel_mm3 / 1000
         assert stats[name]["volume_cm3"] == pytest.approx(volume, abs=1e-4)
+        voxels = np.argwhere(labels.array == int(value))
+        center = grid.point(voxels.mean(axis=0)).tolist() if len(voxels) else None
+        assert stats[name]["center_mm"] == (center and pytest.approx(center, abs=0.01))
     assert "heatmap_peak" in stats["Eye_L"] and "heatmap_peak" not in stats["Brainstem"]
 
 
