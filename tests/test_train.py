@@ -19,6 +19,7 @@ from focusnet.config import AugmentConfig, StageConfig
 from focusnet.errors import FocusNetError
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
 from focusnet.train import STAGES, State, Trainer, learning_rate, main, seconds_left, split_cases, start_training
+from focusnet.validation import Validation
 from tests.tiny import tiny_config, write_data
 
 CPU = torch.device("cpu")
@@ -89,27 +90,50 @@ def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, epo
     start_training(copied, out, tiny_config(), cache=tmp_path / "cache", resume=True, device=CPU)
     expected, found = weights(finished / "last.pt"), weights(out / "last.pt")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    states = [load_checkpoint(folder / "last.pt", CPU)[1]["state"] for folder in (finished, out)]
+    for state in states:
+        for entry in (state, *state["history"]):
+            del entry["seconds"]
+    assert states[0] == states[1]
     best_expected, best_found = weights(finished / "best.pt"), weights(out / "best.pt")
     assert all(torch.equal(best_expected[name], best_found[name]) for name in best_expected)
 
 
-def test_kill_minus_9_loses_at_most_one_epoch(data, tmp_path) -> None:
-    out = tmp_path / "killed"
-    program = (
-        "import sys, torch; from pathlib import Path; from tests.tiny import tiny_config; "
-        "from focusnet.train import start_training; "
-        "data, out, cache = map(Path, sys.argv[1:]); "
-        "start_training(data, out, tiny_config(), cache=cache, device=torch.device('cpu'))"
-    )
-    arguments = [sys.executable, "-c", program, str(data), str(out), str(data.parent / "cache")]
-    running = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_signal_loses_at_most_one_epoch(data, tmp_path, number) -> None:
+    out, file = tmp_path / "run", tmp_path / "config.yaml"
+    config = tiny_config(validate_every=100, steps_per_epoch=1)
+    config.train.snet.epochs = 1000
+    file.write_text(json.dumps(config.to_dict()))
+    options = ["--out", out, "--cache", data.parent / "cache", "--config", file, "--device", "cpu"]
+    command = [sys.executable, "-m", "focusnet.train", data, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(list(map(str, command)), env={**os.environ, "PYTHONUNBUFFERED": "1"}, **pipes)
     deadline = time.monotonic() + 120
     while not (out / "last.pt").exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.01)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    running.send_signal(number)
+    printed, errors = running.communicate()
     _, training = load_checkpoint(out / "last.pt", CPU)
-    assert len(training["state"]["history"]) >= 1
+    reported, saved = len(re.findall(r"^snet \d+/1000", printed, re.MULTILINE)), len(training["state"]["history"])
+    assert saved >= 1 and reported - saved in (0, 1)
+    if number == signal.SIGINT:
+        assert (running.returncode, errors) == (130, "interrupted\n")
+        assert f"stopped: {out / 'last.pt'} holds the last finished epoch; go on with --resume" in printed
+
+
+def test_the_best_epoch_is_kept_through_a_resumption(data, tmp_path, monkeypatch) -> None:
+    scores = iter([0.2, 0.9, 0.1])
+    monkeypatch.setattr(Trainer, "_validate", lambda self: Validation(next(scores), []))
+    config = tiny_config(validate_every=1, steps_per_epoch=1, **{s: StageConfig(epochs=0) for s in STAGES[1:]})
+    config.train.snet.epochs = 3
+    out = tmp_path / "run"
+    stopped(data, out, config, epoch=3)
+    before = (out / "best.pt").read_bytes()
+    start(data, out, config, resume=True)
+    assert (out / "best.pt").read_bytes() == before
+    _, training = load_checkpoint(out / "last.pt", CPU)
+    assert (training["state"]["best"], training["state"]["best_epoch"]) == (0.9, 2)
 
 
 def test_frozen_parts_do_not_move_nor_do_their_norms(data, tmp_path) -> None:
@@ -310,6 +334,15 @@ def test_truncated_checkpoint(finished, tmp_path) -> None:
     for name in ("cut.pt", "text.pt", "other.pt"):
         with pytest.raises(FocusNetError, match=name):
             load_checkpoint(tmp_path / name, CPU)
+
+
+def test_a_truncated_run_is_not_resumed(data, begun, tmp_path) -> None:
+    out = shutil.copytree(begun[0], tmp_path / "run")
+    whole = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(whole[:-100])
+    with pytest.raises(FocusNetError, match=r"run/last\.pt.* damaged"):
+        resume_by_command(data, out)
+    assert (out / "last.pt").read_bytes() == whole[:-100]
 
 
 def test_validation_cases_are_never_trained_on(finished) -> None:
