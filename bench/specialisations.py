@@ -1,0 +1,221 @@
+"""Which Triton kernels are compiled without a GPU, and for what: those that serve FocusNet's shapes and dtypes.
+
+Arguments are typed and aligned as Triton's just-in-time compiler finds them in the launches of `focuskernels.kernels`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from focuskernels.kernels import channelwise, dense_aspp3d, dilated_conv3d, focal_dice, roi_gather3d
+from focuskernels.kernels.dilated_conv3d_tiles import Tile, WeightTile, tiles, weight_tiles
+
+Capability = tuple[int, int]
+CLASSES = 19
+VOLUME, DILATION = (60, 128, 128), (1, 6, 6)
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel, compiled for one use.
+
+    Attributes:
+        stem: The module in `focuskernels.kernels`.
+        kernel: The Triton function.
+        name: Tells the uses of a kernel apart.
+        types: Of arguments, in Triton's notation; what is not here is "i32".
+        fixed: Values of constexpr arguments, and of integers that are 1, which Triton fixes too.
+        options: Of the compiler.
+        aligned: Integers that are multiples of 16; pointers always are.
+        needed: Bytes that one pass of the hottest loop, or the program where it has none, must move: each element once.
+    """
+
+    stem: str
+    kernel: Any
+    name: str
+    types: dict[str, str]
+    fixed: dict[str, Any]
+    options: dict[str, int]
+    needed: int
+    aligned: tuple[str, ...] = field(default=())
+
+
+def specialisations(capability: Capability) -> Iterator[Specialisation]:
+    """All that is compiled for a compute capability."""
+    for dtype, channels_last in (("bf16", True), ("fp32", False)):
+        yield from _channelwise(dtype, channels_last)
+        yield from _focal_dice(dtype)
+        yield from _roi_gather(dtype, channels_last)
+    yield from _convolutions(capability)
+    yield from _dense_aspp()
+
+
+def _channelwise(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+    module, channels = channelwise, 32
+    block_c, block_v = module.tile(channels, channels_last)
+    types = dict.fromkeys(("x", "grad", "residual", "output", "out", "kept"), "*" + dtype)
+    types |= dict.fromkeys(("table", "weights", "found"), "*fp32") | {"voxels": "i64", "slope": "fp32"}
+    fixed = {"ACTIVATION": 2, "RESIDUAL": True, "OUTPUT": True, "KEEP": True, "TILES": module.TILES_PER_PROGRAM}
+    fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v, "CHANNELS_LAST": channels_last}
+    for kernel, maps in (
+        (module.moments_kernel, 1),
+        (module.affine_kernel, 3),
+        (module.sums_kernel, 4),
+        (module.backward_kernel, 3),
+    ):
+        yield Specialisation(
+            stem="channelwise",
+            kernel=kernel,
+            name=f"{dtype}, {channels} channels {'last' if channels_last else 'first'}",
+            types=types,
+            fixed=fixed,
+            options={"num_warps": module.WARPS},
+            needed=maps * block_c * block_v * BYTES[dtype],
+            aligned=("channels", "voxels"),
+        )
+
+
+def _focal_dice(dtype: str) -> Iterator[Specialisation]:
+    module, mode = focal_dice, focal_dice.SOFTMAX.value
+    block_c, block_v, warps = module.tile(CLASSES, mode)
+    types = {"logits": "*" + dtype, "grad": "*" + dtype, "sums": "*fp32", "grad_sums": "*fp32", "wrongs": "*i32"}
+    types |= {"target": "*u8", "class_mask": "*u8", "gamma": "fp32"}
+    types |= dict.fromkeys(("stride_n", "stride_c", "ignore"), "i64")
+    fixed = {"MODE": mode, "KIND": 2, "MULTI_HOT": False, "MASKED": True, "IGNORES": True, "stride_v": 1}
+    fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v, "TILES": module.TILES_PER_PROGRAM}
+    for kernel, maps in ((module.forward_kernel, 1), (module.backward_kernel, 2)):
+        yield Specialisation(
+            stem="focal_dice",
+            kernel=kernel,
+            name=f"{dtype}, {CLASSES} classes",
+            types=types,
+            fixed=fixed,
+            options={"num_warps": warps},
+            needed=block_v * (maps * CLASSES * BYTES[dtype] + 1),
+            aligned=("voxels", "stride_n", "stride_c"),
+        )
+
+
+def _roi_gather(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+    module = roi_gather3d
+    ones = ("source_c", "result_c", "grad_c") if channels_last else ("source_x", "result_v", "grad_v")
+    fixed = {"BORDER": False, "BLOCK_C": module.BLOCK_C, "BLOCK_V": module.BLOCK_V, "ADD": True}
+    fixed |= dict.fromkeys(ones, 1)
+    types = dict.fromkeys(("source", "result", "grad", "total"), "*" + dtype) | {"centers": "*fp32"}
+    types |= dict.fromkeys(("scale_z", "scale_y", "scale_x"), "fp64")
+    tile = module.BLOCK_C * module.BLOCK_V * BYTES[dtype]
+    # Forward reads a voxel for every one it writes; of backward, what one candidate is owed.
+    for kernel, maps in ((module.forward_kernel, 2), (module.backward_kernel, 1)):
+        strides = [n for n in kernel.arg_names if n.startswith(("source_", "result_", "grad_"))]
+        yield Specialisation(
+            stem="roi_gather3d",
+            kernel=kernel,
+            name=f"{dtype}, channels {'last' if channels_last else 'first'}",
+            types=types | dict.fromkeys(strides, "i64"),
+            fixed=fixed,
+            options={"num_warps": module.WARPS},
+            needed=maps * tile,
+        )
+
+
+def _convolutions(capability: Capability) -> Iterator[Specialisation]:
+    """The residual blocks' with every candidate; DenseASPP's growth as it is written into the buffer, with sums."""
+    for tile in tiles(capability, 64, 64, (3, 3, 3), 1, VOLUME, DILATION):
+        yield _conv(64, 64, 3, tile, epilogue=False)
+    growth = tiles(capability, 64, 32, (3, 3, 3), 1, VOLUME, DILATION)[0]
+    yield _conv(64, 32, 3, growth.roomy(), epilogue=True)
+    for inputs, planes in ((64, 3), (128, 1)):
+        # Candidates that differ in the number of shares alone are one kernel.
+        first = weight_tiles(capability, inputs, 64, (planes, 3, 3), 1, VOLUME)[0]._replace(shares=1)
+        yield _weight(inputs, 64, planes, first)
+    yield Specialisation(
+        stem="dilated_conv3d",
+        kernel=dilated_conv3d.reduce_kernel,
+        name="64 outputs",
+        types={"partial": "*fp32", "weight": "*bf16"},
+        fixed={"COUT": 64, "BLOCK": 512},
+        options={"num_warps": 4},
+        needed=512 * 4,
+        aligned=("size",),
+    )
+
+
+def _conv(inputs: int, outputs: int, planes: int, tile: Tile, epilogue: bool) -> Specialisation:
+    types = {"x": "*bf16", "weight": "*bf16", "y": "*bf16", "bias": "*bf16", "sums": "*fp32"}
+    if tile.tma:
+        types["x"] = f"tensordesc<bf16[1,1,{tile.bh},{tile.bw},{tile.bk}]>"
+        types["weight"] = f"tensordesc<bf16[{tile.bn},{tile.bk}]>"
+    name = f"{inputs}->{outputs}, {planes} planes, {tile.bh}x{tile.bw} voxels by {tile.bn} by {tile.bk}"
+    return Specialisation(
+        stem="dilated_conv3d",
+        kernel=dilated_conv3d.conv_kernel,
+        name=name + _notes(tile, pair=tile.pair, epilogue=epilogue),
+        types=types,
+        fixed=dilated_conv3d.conv_constants(inputs, outputs, planes, tile, epilogue, epilogue, epilogue),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        needed=(tile.bh * tile.bw + tile.bn) * tile.bk * 2,
+        aligned=_conv_strides(dilated_conv3d.conv_kernel),
+    )
+
+
+def _weight(inputs: int, outputs: int, planes: int, tile: WeightTile) -> Specialisation:
+    types = {"x": "*bf16", "grad": "*bf16", "partial": "*fp32"}
+    if tile.tma:
+        types["x"] = f"tensordesc<bf16[1,1,1,{tile.bw},{tile.bc}]>"
+        types["grad"] = f"tensordesc<bf16[1,1,1,{tile.bw},{tile.bn}]>"
+    return Specialisation(
+        stem="dilated_conv3d",
+        kernel=dilated_conv3d.weight_kernel,
+        name=f"{inputs}->{outputs}, {planes} planes, {tile.bw} voxels, {tile.bc} by {tile.bn}" + _notes(tile),
+        types=types,
+        fixed=dilated_conv3d.weight_constants(inputs, outputs, planes, tile),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        needed=tile.bw * (tile.bc + tile.bn) * 2,
+        aligned=_conv_strides(dilated_conv3d.weight_kernel),
+    )
+
+
+def _notes(tile: Tile | WeightTile, **flags: bool) -> str:
+    words = [f"{tile.warps} warps", f"{tile.stages} stages", "TMA" if tile.tma else "pointers"]
+    return ", " + ", ".join([*words, *(name for name, is_set in flags.items() if is_set)])
+
+
+def _conv_strides(kernel: Any) -> tuple[str, ...]:
+    """As maps of at least 16 channels have them."""
+    return tuple(name for name in kernel.arg_names if name.startswith("s") and len(name) == 3)
+
+
+def _dense_aspp() -> Iterator[Specialisation]:
+    module, bottleneck = dense_aspp3d, 64
+    types = dict.fromkeys(("table", "weights", "found", "partial"), "*fp32") | {"voxels": "i64", "stride": "i64"}
+    types |= dict.fromkeys(("x", "grad", "h", "into", "weight"), "*bf16")
+    # Of 64 channels a block is all of them, of 160 a fifth.
+    for kernel, channels, widest in (
+        (module.reduce_kernel, 64, 64),
+        (module.reduce_kernel, 160, 64),
+        (module.sums_kernel, 160, module.SUMS_WIDEST),
+        (module.backward_kernel, 64, 64),
+    ):
+        constants = module.constants(channels, bottleneck, module.VOXELS, widest)
+        yield Specialisation(
+            stem="dense_aspp3d",
+            kernel=kernel,
+            name=f"{channels} channels, {bottleneck} of the bottleneck",
+            types=types,
+            fixed={**constants, "TILES": module.TILES_PER_PROGRAM},
+            options={"num_warps": module.WARPS},
+            needed=_dense_aspp_bytes(kernel, constants),
+            aligned=("stride",),
+        )
+
+
+def _dense_aspp_bytes(kernel: Any, constants: dict[str, int]) -> int:
+    voxels, block, bottleneck = constants["BLOCK_V"], constants["BLOCK_C"], constants["BOTTLENECK"]
+    x, h, weight = voxels * block, voxels * bottleneck, block * bottleneck
+    if kernel is dense_aspp3d.sums_kernel:
+        return 2 * (x + h)
+    if kernel is dense_aspp3d.backward_kernel:
+        return 2 * (3 * x + h + weight)
+    whole = constants["CHANNELS"] == block  # no loop: the program writes h too
+    return 2 * (x + weight + (h if whole else 0))
