@@ -23,11 +23,11 @@ from focusnet.evaluate import (
     summarize,
     table_text,
 )
+from tests.real_data import REAL, needs_real_data
 
 SHAPE = (8, 20, 20)
 SPACING = (2.5, 1.0, 1.0)
 DIAGONAL = math.sqrt(20**2 + 20**2 + 20**2)
-REAL = Path(os.environ.get("FOCUSNET_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "deepmind-oars"
 
 
 def _box(z: int, y: int, x: int, size: tuple[int, int, int] = (4, 4, 4)) -> np.ndarray:
@@ -280,10 +280,11 @@ def test_results_into_a_file_are_refused_first(folders: tuple[Path, Path], tmp_p
         main([str(tmp_path / "unread"), str(folders[1]), "--out", str(tmp_path / "file")])
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"real label maps not found at {REAL} (set FOCUSNET_TEST_DATA)")
+@needs_real_data
 def test_two_observers_agree_as_published_with_the_data() -> None:
     lenses = ["Lens_L", "Lens_R"]
-    rows = evaluate(REAL / "oncologist", REAL / "radiographer", organs=lenses, processes=1).rows
+    observers = REAL / "deepmind-oars" / "oncologist", REAL / "deepmind-oars" / "radiographer"
+    rows = evaluate(*observers, organs=lenses, processes=1).rows
     found = {row.organ: row for row in rows}
     assert [round(found[lens].matched_dsc.mean or 0, 3) for lens in lenses] == [0.878, 0.858]
     assert all(found[lens].n == 26 and found[lens].group == "small" for lens in lenses)
