@@ -2,7 +2,8 @@
 # make test   all tests that need no GPU
 # make lint   ruff and mypy
 # make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network;
-#             PART=tests, bench or sanitize runs that part alone, RESUME=1 keeps what a cut bench measured
+#             PART=tests, ops, bench or sanitize runs that part alone; bench goes on where ops stopped, and ops too
+#             with RESUME=1
 # make clean  remove what was built here; the virtual environment too
 #
 # demo, test and lint set up their own virtual environment first.

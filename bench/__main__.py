@@ -36,9 +36,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it works, not how fast")
     result.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/<device>.json")
     result.add_argument("--resume", action="store_true", help="keep what FILE holds already and is not outdated")
+    result.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=("compile", "peer", "other"),
+        metavar="WHO",
+        help="leave out torch.compile (compile), other packages and formulas (peer) or work that differs (other)",
+    )
     result.add_argument("--threads", type=int, help="CPU threads; default: as many as torch takes")
     result.add_argument("--heap", choices=("warm", "default"), default="warm", help="of the C library, on a CPU")
     result.add_argument("--list", action="store_true", help="only list ops, cases and providers")
+    result.add_argument("--names", action="store_true", help="only name the ops, a line each")
     return result
 
 
@@ -57,6 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
     size = "quick" if arguments.quick else "full"
     chosen = pick_ops(arguments.ops)
+    if arguments.names:
+        print("\n".join(op.name for op in chosen))
+        return 0
     if arguments.list:
         print_list(chosen, device, size)
         return 0
@@ -87,7 +99,7 @@ def measure(arguments: argparse.Namespace, chosen: list[Op], device: str, size: 
         print(line, file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGTERM, _interrupt)
-    runner = Runner(device, size, store, resume=arguments.resume, report=report, say=say)
+    runner = Runner(device, size, store, resume=arguments.resume, without=arguments.without, report=report, say=say)
     try:
         runner.measure(chosen)
     except KeyboardInterrupt:
@@ -149,7 +161,7 @@ def _with_warm_heap() -> None:
     """Start again with the allocator's settings, which it reads only at the start."""
     wanted = parser().parse_args()
     device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wants_warm = device == "cpu" and wanted.heap == "warm" and not wanted.list
+    wants_warm = device == "cpu" and wanted.heap == "warm" and not (wanted.list or wanted.names)
     if wants_warm and environment.heap() != "warm" and sys.platform == "linux":
         os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], os.environ | environment.WARM_HEAP)
 

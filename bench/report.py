@@ -1,6 +1,7 @@
 """`python -m bench.report`: tables and plots of bench/results/*.json in docs/benchmarks.md. Never measures."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from .case import ops
 from .results import MACHINE, BadResults, Row, best_peer, groups, load, our_row
 from .sources import ROOT, source_hash
-from .table import markdown, milliseconds, rate, size
+from .table import markdown, memory, milliseconds, rate
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 HEADER = ("case", "mode", "ours", "best peer", "speed-up", "of floor", "rate", "memory, ours", "memory, peer", "others")
@@ -77,7 +78,7 @@ def report(machines: Machines, plots: dict[tuple[Any, ...], list[str]]) -> str:
         for op, rows in groups([row for _, row in pairs], lambda row: row["op"]).items():
             lines = [_line(group) for group in groups(rows).values()]
             parts.append(f"### {op}\n\n{markdown(HEADER, lines)}")
-            parts += _absent(rows)
+            parts += _compiled(rows) + _absent(rows)
     return "\n\n".join(parts)
 
 
@@ -101,7 +102,7 @@ def _facts(run: dict[str, Any]) -> str:
 def _line(rows: list[Row]) -> tuple[str, ...]:
     mine, peer, first = our_row(rows), best_peer(rows), rows[0]
     others = [
-        f"{row['provider']} {milliseconds(row['median_ms'])}"
+        f"{row['provider']} {milliseconds(row['median_ms'])}, {memory(row)}"
         for row in sorted((r for r in rows if r["status"] == "ok"), key=lambda r: r["median_ms"])
         if row is not mine and row is not peer
     ]
@@ -114,14 +115,30 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
         f"{peer['median_ms'] / mine['median_ms']:.2f}" if mine and peer else "",
         f"{mine['floor_ms'] / mine['median_ms']:.0%}" if mine else "",
         rate(mine) if mine else "",
-        size(mine["peak_extra_bytes"]) if mine else "",
-        size(peer["peak_extra_bytes"]) if peer else "",
+        memory(mine) if mine else "",
+        memory(peer) if peer else "",
         "; ".join(others),
     )
 
 
 def _why_not(rows: list[Row]) -> str:
     return next((f"{row['status']}: {row['reason']}" for row in rows if row["role"] == "ours"), "")
+
+
+def _compiled(rows: list[Row]) -> list[str]:
+    """A line about the compilation of our kernels and the search for tiles, where there was any."""
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        # Each row of a case holds what was compiled until then.
+        if row.get("kernels"):
+            last[row["case"], row["provider"]] = row["kernels"]
+    if not last:
+        return []
+    total = {name: sum(kernels[name] for kernels in last.values()) for name in next(iter(last.values()))}
+    return [
+        f"Kernels: {total['compiled']} compiled in {total['compile_s']:.1f} s, {total['cached']} from Triton's cache; "
+        f"{total['trials']} trials of tiles in {total['trial_s']:.1f} s."
+    ]
 
 
 def _absent(rows: list[Row]) -> list[str]:
@@ -145,8 +162,10 @@ def draw(machines: Machines, folder: Path) -> dict[tuple[Any, ...], list[str]]:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[tuple[Any, ...], list[str]] = {}
-    for number, (machine, pairs) in enumerate(machines.items(), start=1):
-        drawn[machine] = plots.draw_machine(pairs, folder, f"{machine[0]}-{number}")
+    for machine, pairs in machines.items():
+        # By what the machine is, so that another one's results leave the files of this one alone.
+        name = re.sub(r"[^a-z0-9]+", "-", f"{machine[0]} {_heading(pairs[0][0])}".lower()).strip("-")
+        drawn[machine] = plots.draw_machine(pairs, folder, name)
     return drawn
 
 

@@ -61,12 +61,14 @@ OK_FIELDS: dict[str, type | tuple[type, ...]] = {
     "samples": int,
     "noisy_samples": int,
     "peak_extra_bytes": (int, type(None)),
+    "returned_bytes": (int, type(None)),
     "gb_s": (float, int),
     "tflop_s": (float, int),
     "first_call_s": (float, int, type(None)),
     "relative_error": (float, int, type(None)),
     "partial": bool,
     "clocks": (dict, type(None)),
+    "kernels": (dict, type(None)),
 }
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from focuskernels._lib import backends
 
 from . import environment
-from .case import Case, Function, Inputs, Missing, Mode, Op, Provider, dtype_name, leaves, size_of, tensors_in
+from .case import Case, Function, Inputs, Missing, Mode, Op, Provider, Role, dtype_name, leaves, size_of, tensors_in
 from .ceilings import floor_ms, measure_ceilings
 from .check import Oracle, WrongResult, check, check_finite, results
-from .measure import EFFORT, Cotangents, Samples, Step, Timer, sample, timer
+from .compilation import Compilation, watch
+from .measure import EFFORT, Cotangents, Samples, Step, Timer, new_bytes, sample, timer
 from .results import Results, Row, groups
 from .sources import commit, source_hash
 
@@ -31,6 +32,7 @@ class Ready:
     function: Function
     error: float | None
     first_call: dict[Mode, float]
+    kernels: Compilation
 
 
 class Runner:
@@ -41,6 +43,7 @@ class Runner:
         size: "full" or "quick".
         store: Where rows go.
         resume: Leave out what the store holds already, measured with the same machine, versions and sources.
+        without: Roles of providers that are left out.
         report: Called with the rows of one case and mode.
         say: Called with a line about what is going on.
     """
@@ -52,10 +55,12 @@ class Runner:
         store: Results,
         *,
         resume: bool = False,
+        without: Collection[Role] = (),
         report: Callable[[list[Row], dict[str, Any]], None] = lambda rows, run: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.device, self.size, self.store, self.resume = device, size, store, resume
+        self.without = without
         self.report, self.say = report, say
         self.timer: Timer = timer(device, size)
         self.failed = False
@@ -90,7 +95,7 @@ class Runner:
         )
 
     def _case(self, op: Op, case: Case) -> None:
-        sources, names = source_hash(op), [provider.name for provider in case.providers]
+        sources, names = source_hash(op), [p.name for p in case.providers if p.role not in self.without]
         modes = list(case.cost)
         if self.resume:
             done = self.store.complete
@@ -125,6 +130,8 @@ class _Work:
             inputs = self.case.make_small(torch.Generator(self.runner.device).manual_seed(0))
         oracle = Oracle(self.case, inputs, self.cotangents)
         for provider in self.case.providers:
+            if provider.role in self.runner.without:
+                continue
             if self.runner.size == "quick" and provider.role == "compile":
                 self._out(provider, "skipped", "--quick leaves out what compiles for long")
                 continue
@@ -139,14 +146,16 @@ class _Work:
             _empty_cache(self.runner.device)
 
     def time(self, mode: Mode) -> None:
-        """Peak memory, then time in turns, of all that are left; their rows are written even when it is cut short."""
+        """Memory, then time in turns, of all that are left; their rows are written even when it is cut short."""
         samples: dict[str, Samples] = {}
-        steps, peaks, partial = {}, {}, True
+        steps, memory, partial = {}, {}, True
         for ready in list(self.ready):
             step = Step(ready.function, mode, self.cotangents, ready.provider.adapt)
             try:
-                step.prepare(self.sets[0])()  # the real size, once more: gradients' buffers, plans, caches
-                peaks[ready.provider.name] = self.runner.timer.peak(step.prepare(self.sets[0]))
+                with watch(ready.kernels):
+                    # the real size, once more: gradients' buffers, plans, caches
+                    returned = new_bytes(step.prepare(self.sets[0])())
+                memory[ready.provider.name] = (self.runner.timer.peak(step.prepare(self.sets[0])), returned)
             except Exception as error:  # out of memory, most likely
                 self.ready.remove(ready)
                 for other in self.modes[self.modes.index(mode) :]:
@@ -159,7 +168,7 @@ class _Work:
             sample(steps, self.sets, self.runner.timer, effort, samples)
             partial = False
         finally:
-            self._write(mode, samples, peaks, partial)
+            self._write(mode, samples, memory, partial)
 
     def release(self) -> None:
         """Free what the case held."""
@@ -176,23 +185,26 @@ class _Work:
 
     def _checked(self, provider: Provider, oracle: Oracle, inputs: Inputs) -> Ready:
         backward = bool(leaves(inputs)) and any(mode != "fwd" for mode in self.case.cost)
-        function = provider.build()
+        function, kernels = provider.build(), Compilation()
         first_call: dict[Mode, float] = {}
         actual = []
         modes: list[Mode] = ["fwd", "fwdbwd"] if backward else ["fwd"]
         for mode in modes:
             started = time.perf_counter()
-            actual = results(function, inputs, mode == "fwdbwd", self.cotangents, provider.adapt)
+            with watch(kernels):
+                actual = results(function, inputs, mode == "fwdbwd", self.cotangents, provider.adapt)
             if self.runner.device == "cuda":
                 torch.cuda.synchronize()
             first_call[mode] = time.perf_counter() - started
         if not provider.checked:
             check_finite(actual)
-            return Ready(provider, function, None, first_call)
+            return Ready(provider, function, None, first_call, kernels)
         error = check(provider, self.case, actual, oracle.expected(provider, backward))
-        return Ready(provider, function, error, first_call)
+        return Ready(provider, function, error, first_call, kernels)
 
-    def _write(self, mode: Mode, samples: dict[str, Samples], peaks: dict[str, int], partial: bool) -> None:
+    def _write(
+        self, mode: Mode, samples: dict[str, Samples], memory: dict[str, tuple[int, int]], partial: bool
+    ) -> None:
         clocks = environment.clocks(self.runner.device)
         for ready in self.ready:
             name = ready.provider.name
@@ -206,13 +218,15 @@ class _Work:
                 "ok",
                 None,
                 **summary,
-                peak_extra_bytes=peaks.get(name),
+                peak_extra_bytes=memory[name][0],
+                returned_bytes=memory[name][1],
                 gb_s=cost.bytes / summary["median_ms"] / 1e6,
                 tflop_s=cost.flops / summary["median_ms"] / 1e9,
                 first_call_s=ready.first_call.get(mode),
                 relative_error=ready.error,
                 partial=partial,
                 clocks=clocks,
+                kernels=ready.kernels.as_json() if ready.provider.role == "ours" else None,
             )
         mine = groups(self.runner.store.rows).get((self.op.name, self.case.name, mode), [])
         self.runner.report([row for row in mine if row["run"] == self.runner.run["id"]], self.runner.run)

@@ -7,7 +7,7 @@ from .results import Row, best_peer, our_row
 
 #: FLOPs per byte above which the rate that matters is that of arithmetic.
 COMPUTE_BOUND = 50
-HEADER = ("provider", "median", "p20 - p80", "x ours", "floor", "rate", "extra", "note")
+HEADER = ("provider", "median", "p20 - p80", "x ours", "floor", "rate", "extra", "returned", "note")
 
 
 def title(rows: Sequence[Row]) -> str:
@@ -33,11 +33,12 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 f"{row['floor_ms'] / row['median_ms']:.0%}",
                 rate(row),
                 size(row["peak_extra_bytes"]),
+                size(row["returned_bytes"]),
                 note(row),
             )
         )
     rest = [row for row in rows if row["status"] != "ok"]
-    return lines + [(row["provider"], row["status"], *("",) * 5, row["reason"] or "") for row in rest]
+    return lines + [(row["provider"], row["status"], *("",) * 6, row["reason"] or "") for row in rest]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -78,6 +79,11 @@ def size(value: int | None) -> str:
     if value is None:
         return ""
     return f"{value / 1e6:.1f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
+
+
+def memory(row: Row) -> str:
+    """Bytes beyond what was there before: for the time of the call, and for what it returns."""
+    return f"{size(row['peak_extra_bytes'])} + {size(row['returned_bytes'])}"
 
 
 def print_group(rows: Sequence[Row]) -> None:

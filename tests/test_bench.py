@@ -1,5 +1,7 @@
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure, report, sources
+from bench import environment, measure, report, sources
 from bench import runner as runner_module
 from bench.__main__ import main
 from bench.case import Case, Cost, Missing, Op, Provider, cost_by_mode, eager, ops, ours
 from bench.check import WrongResult, relative_error
+from bench.compilation import Compilation, watch
 from bench.measure import CpuTimer, Samples, quantile
 from bench.results import BadResults, Results, load, our_row, validate
 from bench.runner import Runner, interleave
@@ -136,6 +139,53 @@ def test_resume_measures_only_what_is_not_there(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(runner_module, "source_hash", lambda op: "changed")
     changed, _ = run_op(path, ours(square), eager(square), resume=True)
     assert {row["sources"] for row in changed.rows if row["provider"] != "another"} == {"changed"}
+
+
+def test_without_a_role_and_resumed_with_it(tmp_path: Path) -> None:
+    path, providers = tmp_path / "r.json", (ours(square), eager(square), eager(square, "another", "peer"))
+    work = Runner("cpu", "quick", Results(path), without=["peer"])
+    work.measure([square_op(*providers)])
+    assert {row["provider"] for row in load(path)["rows"]} == {"focuskernels", "eager"}
+    # Measured again beside the one that is new, since only times of one run are compared.
+    store, _ = run_op(path, *providers, resume=True)
+    assert {(row["provider"], row["run"]) for row in store.rows} == {(p.name, 2) for p in providers}
+    assert main(["square", "--without", "ours"]) == 2
+
+
+def test_compilations_and_trials_are_counted(tmp_path: Path) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    tiles = importlib.import_module("focuskernels.kernels.dilated_conv3d_tiles")
+    race = tiles.race
+
+    def compiling(x):
+        # as Triton and the launcher of a convolution do
+        listener = knobs.compilation.listener
+        times = knobs.CompileTimes(ir_initialization=250_000, lowering_stages=[("ptx", 250_000)], store_results=0)
+        listener(src=None, metadata={}, metadata_group={}, times=times, cache_hit=False)
+        listener(src=None, metadata={}, metadata_group={}, times=times, cache_hit=True)
+        assert tiles.race(["a", "b", None], {"a": 2.0, "b": 1.0, None: 3.0}.get) == "b"
+        return x * x
+
+    found = Compilation()
+    with watch(found):
+        compiling(torch.ones(1))
+    assert (found.compiled, found.compile_s, found.cached, found.trials) == (1, 0.5, 1, 3)
+    assert knobs.compilation.listener is None and tiles.race is race
+
+    def once(x):
+        return compiling(x) if knobs.compilation.listener is not None else x * x
+
+    store, _ = run_op(tmp_path / "r.json", ours(once), eager(square))
+    rows = {(row["mode"], row["provider"]): row["kernels"] for row in store.rows}
+    # forward and both are checked, then each mode is called once at its real size before it is timed
+    assert [rows[mode, "focuskernels"]["compiled"] for mode in ("fwd", "bwd", "fwdbwd")] == [3, 4, 5]
+    assert rows["fwd", "focuskernels"]["trials"] == 9
+    assert rows["fwd", "eager"] is None
+
+
+def test_cpu_rows_tell_of_no_compilation(tmp_path: Path) -> None:
+    store, _ = run_op(tmp_path / "r.json", ours(square))
+    assert {row["kernels"] for row in store.rows} == {None}
 
 
 def test_a_new_run_replaces_rows_and_keeps_other_ops(tmp_path: Path) -> None:
@@ -278,6 +328,48 @@ def test_report_marks_stale_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "(stale)" in (docs / "benchmarks.md").read_text(encoding="utf-8")
 
 
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results of a GPU and of two CPUs, made of one measurement."""
+    run_op(tmp_path / "made.json", ours(square), eager(square))
+    text = (tmp_path / "made.json").read_text()
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, device, device_name in (("a", "cpu", "One CPU"), ("b", "cpu", "Another CPU"), ("c", "cuda", "A GPU")):
+        document = json.loads(text)
+        document["runs"][0] |= {"device": device, "device_name": device_name, "size": "full"}
+        for row in document["rows"]:
+            row |= {"kernels": {"compiled": 2, "compile_s": 3.0, "cached": 1, "trials": 4, "trial_s": 0.5}}
+            if device != "cuda" or row["role"] != "ours":
+                row["kernels"] = None
+        (results / f"{name}.json").write_text(json.dumps(document))
+    return results
+
+
+def test_report_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, docs = machines(tmp_path, monkeypatch), tmp_path / "docs"
+    docs.mkdir()
+    (docs / "benchmarks.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setattr(report, "ops", lambda: {"square": square_op()})
+    pytest.importorskip("matplotlib")
+    assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
+    text = (docs / "benchmarks.md").read_text(encoding="utf-8")
+    threads = torch.get_num_threads()
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    heap = environment.heap()
+    assert headings == [
+        f"## One CPU, {threads} threads, {heap} heap",
+        f"## Another CPU, {threads} threads, {heap} heap",
+        "## A GPU",
+    ]
+    assert text.count("### square") == 3 and text.count("stale") == 0
+    assert text.count("Kernels: 2 compiled in 3.0 s, 1 from Triton's cache; 4 trials of tiles in 0.5 s.") == 1
+    shown = re.findall(r"!\[.*?\]\((img/.*?)\)", text)
+    assert len(shown) == len(set(shown)) == 6 and all((docs / name).is_file() for name in shown)
+    # Once more gives the same page: nothing depends on when it is made.
+    assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
+    assert (docs / "benchmarks.md").read_text(encoding="utf-8") == text
+
+
 def test_plots_are_drawn(tmp_path: Path) -> None:
     plots = pytest.importorskip("bench.plots", reason="needs matplotlib")
     store, _ = run_op(tmp_path / "r.json", ours(square), eager(square))
@@ -314,6 +406,57 @@ def test_cuda_without_a_gpu_is_one_line() -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr == f"error: --device cuda: torch {torch.__version__} finds no GPU\n"
+
+
+STUB = """#!/bin/sh
+echo "$*" >> "{calls}"
+case "$*" in
+    *--names*) printf '%s\\n' dense_aspp3d norm_act roi_align_3d snet ;;
+    *norm_act*) echo broken >&2; exit 3 ;;
+    *bench*--json*) touch "{out}/gpu.json" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("part", "resume"), [("", False), ("ops", True), ("bench", False)])
+def test_gpu_script_goes_on_after_a_failure(part: str, resume: bool, tmp_path: Path) -> None:
+    stub, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    stub.write_text(STUB.format(calls=calls, out=out))
+    stub.chmod(0o755)
+    out.mkdir()
+    (out / "gpu.json").write_text("before")
+    variables = {name: value for name, value in os.environ.items() if name != "RESUME"}
+    variables |= {"RESUME": "1"} if resume else {}
+    command = [str(ROOT / "tools" / "gpu.sh"), str(stub), str(out), part]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    done = calls.read_text().splitlines()
+    benches = [line for line in done if line.startswith("-m bench") and "--names" not in line and "--quick" not in line]
+    everything = f"-m bench --device cuda --json {out}/gpu.json --resume"
+    if part == "bench":
+        assert run.returncode == 0 and benches == [everything]
+        return
+    # The long ones last, each in a process of its own; one that fails keeps none of the others from running.
+    each = [
+        f"-m bench {op} --device cuda --without compile --json {out}/gpu.json"
+        for op in ("norm_act", "roi_align_3d", "dense_aspp3d", "snet")
+    ]
+    assert benches == [line + " --resume" * resume for line in each] + [everything] * (part == "")
+    assert run.returncode == 1
+    assert "== ops-norm_act failed: exit code 3" in run.stdout
+    assert (out / "ops-norm_act.log").read_text().startswith("broken")
+    assert (out / "gpu-before.json").exists() != resume
+    assert ("-m pytest -m gpu" in calls.read_text()) == (part == "")
+
+
+def test_limits_of_the_gpu_script_fit() -> None:
+    """25 minutes in all, and each part with what every part begins with under 10."""
+    text = (ROOT / "tools" / "gpu.sh").read_text()
+    limits = {name.strip('"'): int(limit) for name, limit in re.findall(r"step (\S+) (\d+) ", text)}
+    (ops_limit,) = re.findall(r"end=\$\(\(SECONDS \+ (\d+)\)\)", text)
+    begin = limits["build"] + limits["info"]
+    parts = [limits["tests"], int(ops_limit), limits["bench"], 2 * limits["sanitize-$tool"]]
+    assert begin + sum(parts) <= 25 * 60
+    assert begin + max(parts) < 10 * 60
 
 
 def test_only_torch_is_needed() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuskernels import dilated_conv3d
+from focuskernels.dilated_conv3d import why_not
 
 from ..case import (
     Case,
@@ -72,10 +73,20 @@ SIZES = {
 }
 
 
+#: DenseASPP's growth: channels of a map are convolved into others of the same map, and how many it has.
+SLICES = {
+    ("cpu", "quick"): (Size((4, 7, 8), (8, 8), (1, 2, 2)), 16),
+    ("cpu", "full"): (Size((24, 64, 64), (64, 32), (1, 6, 6)), 192),
+    ("cuda", "quick"): (Size((4, 7, 8), (32, 32), (1, 2, 2)), 64),
+    ("cuda", "full"): (Size(A, (64, 32), (1, 6, 6)), 192),
+}
+
+
 def cases(device: str, size: str) -> Sequence[Case]:
     """Case list of `OP`."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return [_case(s, dtype, device) for s in SIZES[device, size]]
+    found = [_case(s, dtype, device) for s in SIZES[device, size]]
+    return [*found[:2], _slice_case(*SLICES[device, size], dtype), *found[2:]]
 
 
 def _case(s: Size, dtype: torch.dtype, device: str) -> Case:
@@ -128,6 +139,52 @@ def providers(dilation: Triple, device: str) -> list[Provider]:
         eager(space_to_batch(dilation), "space-to-batch + F.conv3d", "peer"),
         compiled(conv, **tuning),
     ]
+
+
+def _slice_case(s: Size, width: int, dtype: torch.dtype) -> Case:
+    """The first channels of a wider map are read, the ones behind them written, both in place."""
+    (inner, outer), layout, voxels = s.channels, "channels_last_3d", math.prod(s.volume)
+    conv = convolution(s.dilation)
+
+    def make(generator: torch.Generator) -> Inputs:
+        weight = random(generator, outer, inner, 3, 3, 3, dtype=dtype, layout=layout) / math.sqrt(27 * inner)
+        return {"buffer": random(generator, 1, width, *s.volume, dtype=dtype, layout=layout), "weight": weight}
+
+    def oracle(buffer: Tensor, weight: Tensor) -> Tensor:
+        return conv(buffer[:, :inner], weight)
+
+    def copied(buffer: Tensor, weight: Tensor) -> Tensor:
+        return buffer[:, inner : inner + outer].copy_(conv(buffer[:, :inner], weight))
+
+    def run(buffer: Tensor, weight: Tensor) -> Tensor:
+        return _into(buffer[:, :inner], weight, s.dilation, buffer[:, inner : inner + outer])
+
+    x, w, y = (size_of(n, dtype=dtype) for n in (voxels * inner, 27 * inner * outer, voxels * outer))
+    flops = 2 * 27 * inner * outer * voxels
+    return Case(
+        name=f"{'x'.join(map(str, s.volume))} {inner}->{outer} dilation {'x'.join(map(str, s.dilation))}, from and to "
+        f"channels of {width}, {dtype_name(dtype)}",
+        make=make,
+        cost={"fwd": Cost(x + w + y, flops)},
+        oracle=oracle,
+        providers=[ours(run), eager(copied, "F.conv3d + copy"), compiled(copied, "torch.compile, F.conv3d + copy")],
+        shape={"volume": s.volume, "in": inner, "out": outer, "dilation": s.dilation, "width": width},
+        dtype=dtype,
+        layout=layout,
+        oracle_dtype=torch.float32,
+    )
+
+
+def _into(x: Tensor, weight: Tensor, dilation: Triple, out: Tensor) -> Tensor:
+    """As DenseASPP does it: written in place by our kernel, copied from another's result."""
+    if x.is_cuda and why_not(x, weight, out) is None:
+        from focuskernels.kernels.dilated_conv3d import convolve, tile_for
+
+        tile = tile_for(x, weight, dilation, None)
+        if tile is not None:
+            convolve(x, weight, None, out, dilation, tile)
+            return out
+    return out.copy_(dilated_conv3d(x, weight, None, dilation))
 
 
 def convolution(dilation: Triple) -> Function:

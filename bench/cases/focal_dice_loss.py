@@ -83,10 +83,11 @@ def _case(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Case:
 def _providers() -> list[Provider]:
     return [
         ours(_ours),
+        Provider("focuskernels, inplace_grad", "ours", lambda: _inplace, adapt=_own_logits),
         eager(plain, "eager, gather"),
         compiled(plain, "torch.compile, gather"),
-        eager(_one_hot, "eager, one-hot", "peer"),
-        Provider("MONAI DiceLoss + FocalLoss(softmax)", "peer", _monai_like_for_like),
+        eager(one_hot, "eager, one-hot", "peer"),
+        Provider("MONAI DiceLoss + FocalLoss(softmax)", "peer", monai_like_for_like),
         Provider("MONAI DiceFocalLoss", "other", _monai_dice_focal, checked=False),
         Provider("MONAI DiceCELoss", "other", _monai_dice_ce, oracle=_dice_ce),
         Provider("nnU-Net DC_and_CE (MemoryEfficient)", "other", _nnunet_dice_ce, checked=False),
@@ -96,6 +97,16 @@ def _providers() -> list[Provider]:
 
 def _ours(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     return focal_dice_loss(logits, target, gamma=GAMMA, alpha=alpha, smooth=SMOOTH)
+
+
+def _inplace(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    return focal_dice_loss(logits, target, gamma=GAMMA, alpha=alpha, smooth=SMOOTH, inplace_grad=True)
+
+
+def _own_logits(inputs: Inputs) -> Inputs:
+    """Logits of its own for everyone who writes over them; copied before the clock starts."""
+    logits = inputs["logits"].detach().clone(memory_format=torch.preserve_format)
+    return {**inputs, "logits": logits.requires_grad_(inputs["logits"].requires_grad)}
 
 
 def plain(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
@@ -112,7 +123,8 @@ def plain(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     return focal + _dice(intersection, log_p.exp().sum(dim=2), present)
 
 
-def _one_hot(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+def one_hot(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """The paper's loss as its formulas stand."""
     y = F.one_hot(target, logits.shape[1]).movedim(-1, 1)
     log_p = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
     p, axes = log_p.exp(), tuple(range(2, logits.dim()))
@@ -144,7 +156,8 @@ def _monai() -> Any:
     return monai.losses
 
 
-def _monai_like_for_like() -> Function:
+def monai_like_for_like() -> Function:
+    """Built of MONAI's losses so that it computes the same."""
     losses = _monai()
 
     def run(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
