@@ -165,7 +165,7 @@ def draw(machines: Machines, folder: Path) -> dict[tuple[Any, ...], list[str]]:
     for machine, pairs in machines.items():
         # By what the machine is, so that another one's results leave the files of this one alone.
         name = re.sub(r"[^a-z0-9]+", "-", f"{machine[0]} {_heading(pairs[0][0])}".lower()).strip("-")
-        drawn[machine] = plots.draw_machine(pairs, folder, name)
+        drawn[machine] = plots.draw_machine(pairs, folder, name, is_stale)
     return drawn
 
 

@@ -373,7 +373,7 @@ def test_report_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_plots_are_drawn(tmp_path: Path) -> None:
     plots = pytest.importorskip("bench.plots", reason="needs matplotlib")
     store, _ = run_op(tmp_path / "r.json", ours(square), eager(square))
-    names = plots.draw_machine([(store.run_of(row), row) for row in store.rows], tmp_path, "cpu-1")
+    names = plots.draw_machine([(store.run_of(row), row) for row in store.rows], tmp_path, "cpu-1", lambda row: True)
     assert names == ["cpu-1-ratios.png", "cpu-1-roofline.png"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
