@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,32 @@ def test_full_cases_are_well_formed(device: str) -> None:
             assert all(cost.bytes > 0 for cost in case.cost.values())
             if "bwd" in case.cost:
                 assert case.cost["fwdbwd"] == case.cost["fwd"] + case.cost["bwd"]
+
+
+@pytest.mark.parametrize(
+    ("device", "number", "module"), [("cpu", 1, "torchvision.ops"), ("cuda", 0, "roi_al_extension_3d")]
+)
+def test_peers_of_roi_align_get_the_right_boxes(
+    device: str, number: int, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their published arithmetic, since they are not installed here."""
+    loops = pytest.importorskip("test_roi_align3d")
+
+    def torchvision(x, boxes, out, sampling_ratio, aligned):
+        return loops.roi_align_2d(x, boxes.tolist(), tuple(out), 1.0, sampling_ratio, aligned)
+
+    def toolkit(x, boxes, scale, *bins_and_ratio):
+        return loops.roi_align_mdt(x.double(), boxes.tolist(), bins_and_ratio[:3], bins_and_ratio[3]).to(x.dtype)
+
+    fake = types.ModuleType(module)
+    fake.roi_align = torchvision if device == "cpu" else toolkit
+    for name in {module, module.split(".")[0]}:
+        monkeypatch.setitem(sys.modules, name, fake)
+    case = ops()["roi_align_3d"].cases(device, "quick")[number]
+    (peer,) = [p for p in case.providers if p.name in ("torchvision.ops.roi_align", "medicaldetectiontoolkit")]
+    inputs = case.make(torch.Generator().manual_seed(0))
+    inputs["x"] = inputs["x"].detach()
+    torch.testing.assert_close(peer.build()(**inputs), case.oracle(**inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_of_every_op_are_found() -> None:

@@ -183,8 +183,8 @@ def _torchvision(bins: Triple) -> Callable[[], Function]:
     def build() -> Function:
         try:
             roi_align = importlib.import_module("torchvision.ops").roi_align
-        except ImportError as error:
-            raise Missing(f"torchvision is not installed ({error})") from error
+        except (ImportError, RuntimeError) as error:  # the latter where it was built for another torch
+            raise Missing(f"torchvision cannot be imported ({error})") from error
 
         def run(x: Tensor, rois: Tensor) -> Tensor:
             boxes = rois[:, [0, 3, 2, 6, 5]].to(x.dtype)
