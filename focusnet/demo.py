@@ -9,7 +9,10 @@ from . import evaluate, phantom, predict, train
 from .cli import command_parser, console, parse, run
 
 TRAINING_CASES, TEST_CASES = 12, 2
-GEOMETRY = ["--spacing", "[2.5,2.0,2.0]", "--field_of_view", "head"]
+ORGANS = (
+    "Brainstem,Bone_Mandible,Eye_L,Eye_R,Parotid_L,Parotid_R,Lens_L,Lens_R,OpticNrv_L,OpticNrv_R,OpticChiasm,Pituitary"
+)
+PHANTOM = ["--spacing", "[2.5,2.0,2.0]", "--field_of_view", "head", "--organs", f"[{ORGANS}]"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, cases, seed in (("train", TRAINING_CASES, 1), ("test", TEST_CASES, 2)):
         if len(list((data / name).glob("phantom_*"))) < cases:
             report.print(Rule(f"{cases} phantoms: {data / name}"))
-            phantom.main([str(data / name), "--cases", str(cases), "--seed", str(seed), "--overwrite", *GEOMETRY])
+            phantom.main([str(data / name), "--cases", str(cases), "--seed", str(seed), "--overwrite", *PHANTOM])
     report.print(Rule("training: S-Net, SOL-Net, SOS-Net, end to end"))
     config = ["--resume"] if (run_folder / "last.pt").exists() else ["--config", "demo"]
     train.main([str(data / "train"), "--out", str(run_folder), "--cache", str(out / "cache"), *config])
     report.print(Rule("prediction and evaluation of phantoms that training never saw"))
-    predict.main([str(run_folder / "best.pt"), str(data / "test"), "--out", str(predictions)])
+    if status := predict.main([str(run_folder / "best.pt"), str(data / "test"), "--out", str(predictions)]):
+        return status
     evaluate.main([str(data / "test"), str(predictions), "--out", str(out / "evaluation")])
     report.print(f"\npictures: {predictions}/*/qc.png, table: {out / 'evaluation'}")
     report.print(f"the demo took {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
