@@ -98,9 +98,18 @@ class Results:
         return run
 
     def add(self, row: Row) -> None:
-        """Add or replace a row and write the file."""
+        """Add or replace a row and write the file.
+
+        What kernels took to compile and tiles to find is known only where nothing was cached yet; a row measured again
+        with the same sources and versions keeps it.
+        """
         machine, key = self.machine_of(row), _key(row)
-        self.rows = [r for r in self.rows if (self.machine_of(r), _key(r)) != (machine, key)]
+        before = [r for r in self.rows if (self.machine_of(r), _key(r)) == (machine, key)]
+        self.rows = [r for r in self.rows if r not in before]
+        for old in before:
+            same = old["sources"] == row["sources"] and self.run_of(old)["versions"] == self.run_of(row)["versions"]
+            if same and old.get("kernels") and row.get("kernels"):
+                row["kernels"] = _uncached(old["kernels"], row["kernels"])
         self.rows.append(row)
         self.save()
 
@@ -137,6 +146,13 @@ class Results:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text(_document(runs, self.rows), encoding="utf-8")
         os.replace(temporary, self.path)
+
+
+def _uncached(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The compilations and the trials, each of whichever had more."""
+    compiled = old if old["compiled"] > new["compiled"] else new
+    tried = old if old["trials"] > new["trials"] else new
+    return {name: (tried if name.startswith("trial") else compiled)[name] for name in new}
 
 
 def _document(runs: list[dict[str, Any]], rows: list[Row]) -> str:

@@ -210,6 +210,19 @@ def test_compilations_and_trials_are_counted(tmp_path: Path) -> None:
     assert rows["fwd", "eager"] is None
 
 
+def test_what_compiling_took_outlives_a_run_with_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, took = tmp_path / "r.json", [Compilation(4, 2.5, 0, 3, 0.5)]
+    monkeypatch.setattr(runner_module, "Compilation", lambda: took[0])
+    run_op(path, ours(square))
+    took[0] = Compilation(0, 0.0, 4, 0, 0.0)
+    store, _ = run_op(path, ours(square))
+    kept = {"compiled": 4, "compile_s": 2.5, "cached": 0, "trials": 3, "trial_s": 0.5}
+    assert [(row["run"], row["kernels"]) for row in store.rows] == [(2, kept)] * 3
+    monkeypatch.setattr(runner_module, "source_hash", lambda op: "changed")
+    store, _ = run_op(path, ours(square))
+    assert [row["kernels"]["compiled"] for row in store.rows] == [0, 0, 0]
+
+
 def test_cpu_rows_tell_of_no_compilation(tmp_path: Path) -> None:
     store, _ = run_op(tmp_path / "r.json", ours(square))
     assert {row["kernels"] for row in store.rows} == {None}
