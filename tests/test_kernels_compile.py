@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REGISTERS = {
     "channelwise": 128,
     "focal_dice": 255,
-    "roi_gather3d": 192,
+    "roi_gather3d": 230,
     "dilated_conv3d.conv_kernel": 200,
     "dilated_conv3d.weight_kernel": 190,
     "dilated_conv3d.reduce_kernel": 64,
