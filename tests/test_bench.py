@@ -133,6 +133,16 @@ def test_kernels_of_every_op_are_found() -> None:
         assert all((ROOT / name).is_file() for name in names)
 
 
+def test_what_kernels_import_makes_results_stale_too() -> None:
+    for op in ops().values():
+        names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op)}
+        for name in [name for name in names if name.startswith("focuskernels/kernels/")]:
+            imported = re.findall(
+                r"^from \.(\w+) import|^from \. import (\w+)", (ROOT / name).read_text(), re.MULTILINE
+            )
+            assert {f"focuskernels/kernels/{a or b}.py" for a, b in imported} <= names, (op.name, name)
+
+
 @pytest.mark.parametrize("function", [wrong_square, wrong_gradient])
 def test_wrong_result_is_an_error_and_not_a_time(tmp_path: Path, function) -> None:
     store, runner = run_op(tmp_path / "r.json", ours(square), eager(function))

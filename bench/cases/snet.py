@@ -107,5 +107,14 @@ def _our_loss(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
     return focal_dice_loss(logits, labels, alpha=alpha)
 
 
-STEMS = ("nn", "dilated_conv3d", "norm_act", "se_residual", "channelwise", "focal_dice")
+STEMS = (
+    "nn",
+    "dense_aspp3d",
+    "dilated_conv3d",
+    "dilated_conv3d_tiles",
+    "norm_act",
+    "se_residual",
+    "channelwise",
+    "focal_dice",
+)
 OP = Op("snet", ("dilated_conv3d", "norm_act", "se_residual"), STEMS, cases, files=("focusnet/model.py",))
