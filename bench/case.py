@@ -70,6 +70,8 @@ class Case:
         oracle_dtype: Precision of the oracle.
         tolerance: Relative L2 error allowed, where the dtype's usual bound does not hold.
         make_small: Inputs on which results are checked, where the oracle does not fit beside the real ones.
+        rounded: The formula in the precision of the providers, where rounding alone may be worse than any fixed
+            tolerance, as in a deep network: then twice its error is allowed too.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Case:
     oracle_dtype: torch.dtype = torch.float64
     tolerance: float | None = None
     make_small: Callable[[torch.Generator], Inputs] | None = None
+    rounded: Function | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Whether a provider computes what it should, before it is timed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Oracle:
     def __init__(self, case: Case, inputs: Inputs, cotangents: Cotangents) -> None:
         self._case, self._inputs, self._cotangents = case, inputs, cotangents
         self._results: dict[tuple[Function, bool], list[Tensor | None]] = {}
+        self._slack: dict[bool, list[float]] = {}
 
     def expected(self, provider: Provider, backward: bool) -> list[Tensor | None]:
         """Outputs, and gradients where asked for."""
@@ -33,6 +34,17 @@ class Oracle:
             with tf32(False):
                 self._results[function, backward] = results(function, inputs, backward, self._cotangents)
         return self._results[function, backward]
+
+    def slack(self, backward: bool) -> list[float]:
+        """What rounding allows per result, beside the tolerance."""
+        function = self._case.rounded
+        if function is None:
+            return []
+        if backward not in self._slack:
+            expected = self.expected(Provider("", "eager", lambda: function), backward)
+            found = results(function, self._inputs, backward, self._cotangents)
+            self._slack[backward] = [2 * relative_error(a, e) for a, e in zip(found, expected, strict=True)]
+        return self._slack[backward]
 
     def _precise(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -56,8 +68,14 @@ def results(
     return [t.detach() for t in tensors_in(outputs)] + list(gradients)
 
 
-def check(provider: Provider, case: Case, actual: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    """The largest relative error.
+def check(
+    provider: Provider,
+    case: Case,
+    actual: list[Tensor | None],
+    expected: list[Tensor | None],
+    slack: Sequence[float] = (),
+) -> float:
+    """The largest relative error; `slack` is allowed per result beside the tolerance.
 
     Raises:
         WrongResult: an error above the tolerance, other shapes, NaN.
@@ -70,9 +88,10 @@ def check(provider: Provider, case: Case, actual: list[Tensor | None], expected:
         if a is None and e is None:
             continue
         error = relative_error(a, e)
+        bound = max(tolerance, slack[i] if slack else 0.0) if e is None or e.is_floating_point() else 0.0
         # written so that NaN fails
-        if not error <= (tolerance if e is None or e.is_floating_point() else 0):
-            raise WrongResult(f"result {i}, {_describe(a)}, is off by {error:.2g} (relative), allowed {tolerance:.2g}")
+        if not error <= bound:
+            raise WrongResult(f"result {i}, {_describe(a)}, is off by {error:.2g} (relative), allowed {bound:.2g}")
         largest = max(largest, error)
     return largest
 

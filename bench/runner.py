@@ -199,7 +199,8 @@ class _Work:
         if not provider.checked:
             check_finite(actual)
             return Ready(provider, function, None, first_call, kernels)
-        error = check(provider, self.case, actual, oracle.expected(provider, backward))
+        expected = oracle.expected(provider, backward)
+        error = check(provider, self.case, actual, expected, oracle.slack(backward))
         return Ready(provider, function, error, first_call, kernels)
 
     def _write(

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import os
@@ -85,6 +86,20 @@ def test_every_case_runs_quickly_and_is_right(tmp_path: Path, capsys: pytest.Cap
     assert store.runs[0]["finished"] is not None
 
 
+def test_cases_of_a_gpu_are_right_without_one(tmp_path: Path) -> None:
+    """Their dtypes, layouts and tolerances on the CPU, so that time on a GPU is not lost to what shows here."""
+
+    def on_cpu(op: Op) -> Op:
+        return dataclasses.replace(op, cases=lambda device, size: op.cases("cuda", "quick"))
+
+    path = tmp_path / "gpu.json"
+    Runner("cpu", "quick", Results(path)).measure([on_cpu(op) for op in ops().values()])
+    rows = load(path)["rows"]
+    # whose backend there is another one here may refuse bfloat16, but not be wrong
+    assert {row["status"] for row in rows if row["role"] == "ours"} == {"ok"}
+    assert not [row for row in rows if row["status"] == "wrong"]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_full_cases_are_well_formed(device: str) -> None:
     for op in ops().values():
@@ -125,6 +140,18 @@ def test_peers_of_roi_align_get_the_right_boxes(
     torch.testing.assert_close(peer.build()(**inputs), case.oracle(**inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_rois_of_many_sizes_need_no_backward_on_a_gpu() -> None:
+    """It has no kernel there, and under FOCUSKERNELS_STRICT=1 a fallback would cost the whole case."""
+    module = importlib.import_module("focuskernels.roi_gather3d")
+    assert module._backward_not_in_triton([torch.ones(1)] * 2, [], [], [], [], False) is not None
+    for size in ("quick", "full"):
+        modes = {
+            case.name: (set(case.shape["sides"]), case.cost) for case in ops()["roi_gather_3d"].cases("cuda", size)
+        }
+        assert any("bwd" in cost for _, cost in modes.values())
+        assert all("bwd" not in cost for sides, cost in modes.values() if len(sides) > 1)
+
+
 def test_kernels_of_every_op_are_found() -> None:
     for op in ops().values():
         names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op)}
@@ -159,6 +186,19 @@ def test_missing_and_failing_peers_are_listed_and_do_not_stop_the_others(tmp_pat
     assert statuses(store) == {"focuskernels": {"ok"}, "peer": {"missing"}, "eager": {"failed"}}
     reasons = {row["provider"]: row["reason"] for row in store.rows}
     assert reasons == {"focuskernels": None, "peer": "not for this machine", "eager": "RuntimeError: out of order"}
+
+
+def test_rounding_of_the_formula_is_allowed_twice(tmp_path: Path) -> None:
+    def measured(factor: float, rounded: float | None) -> set[str]:
+        op = square_op(ours(lambda x: x * x * factor))
+        (case,) = op.cases("cpu", "quick")
+        case = dataclasses.replace(case, rounded=None if rounded is None else lambda x: x * x * rounded)
+        store = Results(tmp_path / "r.json")
+        Runner("cpu", "quick", store).measure([dataclasses.replace(op, cases=lambda device, size: [case])])
+        return statuses(store)["focuskernels"]
+
+    assert measured(1.0, 1.2) == measured(1.39, 1.2) == {"ok"}
+    assert measured(1.41, 1.2) == measured(1.1, None) == {"wrong"}
 
 
 def test_ours_failing_is_an_error(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def _case(channels: int, volume: Triple, growth: int, bottleneck: int, dtype: to
         layout=layout,
         oracle_dtype=torch.float32 if amp else torch.float64,
         # rectifiers switch and small gradients cancel through eight layers
-        tolerance=1e-2 if amp is None else 1e-1,
+        tolerance=1e-2 if amp is None else 5e-2,
+        rounded=None if amp is None else plain,
     )
 
 
