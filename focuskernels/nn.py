@@ -378,6 +378,7 @@ class FocalDiceLoss(nn.Module):
         batch_dice: bool = False,
         smooth: float = 1e-5,
         class_reduction: Literal["sum", "mean"] = "sum",
+        inplace_grad: bool = False,
     ) -> None:
         super().__init__()
         check_options(activation, gamma, smooth, class_reduction)
@@ -390,6 +391,7 @@ class FocalDiceLoss(nn.Module):
         self.batch_dice = batch_dice
         self.smooth = smooth
         self.class_reduction: Literal["sum", "mean"] = class_reduction
+        self.inplace_grad = inplace_grad
         self.register_buffer("alpha", None if alpha is None else torch.as_tensor(alpha), persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor, class_mask: Tensor | None = None) -> Tensor:
@@ -408,6 +410,7 @@ class FocalDiceLoss(nn.Module):
             batch_dice=self.batch_dice,
             smooth=self.smooth,
             class_reduction=self.class_reduction,
+            inplace_grad=self.inplace_grad,
         )
 
     def extra_repr(self) -> str:

@@ -221,6 +221,13 @@ def test_focal_dice_loss_passes_its_arguments_on() -> None:
     assert module.double().alpha.dtype == torch.float64
 
 
+def test_focal_dice_module_writes_the_gradient_over_the_logits() -> None:
+    logits = torch.randn(1, 3, 4, 5, 6, requires_grad=True)
+    hidden = logits * 2
+    FocalDiceLoss(inplace_grad=True)(hidden, torch.randint(0, 3, (1, 4, 5, 6))).backward()
+    assert torch.equal(hidden.detach() * 2, logits.grad)
+
+
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
 def test_networks_train_and_copy(norm: str) -> None:
     network = nn.Sequential(SEResBlock3d(1, 8, norm=norm), DenseASPP3d(8, 4, 4, [(1, 2, 2), 3], norm=norm))
