@@ -1,6 +1,7 @@
 """Which Triton kernels are compiled without a GPU, and for what: those that serve FocusNet's shapes and dtypes.
 
-Arguments are typed and aligned as Triton's just-in-time compiler finds them in the launches of `focuskernels.kernels`.
+Arguments are typed and aligned as Triton's just-in-time compiler finds them in the launches of `focuskernels.kernels`;
+the sizes and steps of convolutions are left general.
 """
 
 from collections.abc import Iterator
@@ -80,8 +81,7 @@ def _focal_dice(dtype: str) -> Iterator[Specialisation]:
     module, mode = focal_dice, focal_dice.SOFTMAX.value
     block_c, block_v, warps = module.tile(CLASSES, mode)
     types = {"logits": "*" + dtype, "grad": "*" + dtype, "sums": "*fp32", "grad_sums": "*fp32", "wrongs": "*i32"}
-    types |= {"target": "*u8", "class_mask": "*u8", "gamma": "fp32"}
-    types |= dict.fromkeys(("stride_n", "stride_c", "ignore"), "i64")
+    types |= {"target": "*u8", "class_mask": "*u8", "gamma": "fp32", "ignore": "i64"}
     fixed = {"MODE": mode, "KIND": 2, "MULTI_HOT": False, "MASKED": True, "IGNORES": True, "stride_v": 1}
     fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v, "TILES": module.TILES_PER_PROGRAM}
     for kernel, maps in ((module.forward_kernel, 1), (module.backward_kernel, 2)):
@@ -101,21 +101,23 @@ def _roi_gather(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
     module = roi_gather3d
     ones = ("source_c", "result_c", "grad_c") if channels_last else ("source_x", "result_v", "grad_v")
     fixed = {"BORDER": False, "BLOCK_C": module.BLOCK_C, "BLOCK_V": module.BLOCK_V, "ADD": True}
-    fixed |= dict.fromkeys(ones, 1)
+    fixed |= dict.fromkeys((*ones, "samples"), 1)
     types = dict.fromkeys(("source", "result", "grad", "total"), "*" + dtype) | {"centers": "*fp32"}
     types |= dict.fromkeys(("scale_z", "scale_y", "scale_x"), "fp64")
     tile = module.BLOCK_C * module.BLOCK_V * BYTES[dtype]
     # Forward reads a voxel for every one it writes; of backward, what one candidate is owed.
-    for kernel, maps in ((module.forward_kernel, 2), (module.backward_kernel, 1)):
-        strides = [n for n in kernel.arg_names if n.startswith(("source_", "result_", "grad_"))]
+    # With 48x128x128 voxels, 32 channels and ROIs of 32^3 all sizes and strides are multiples of 16, but for the number
+    # of ROIs and the distance of voxels where the sources' channels lie side by side.
+    for kernel, maps, odd in ((module.forward_kernel, 2, "result_v"), (module.backward_kernel, 1, "grad_v")):
         yield Specialisation(
             stem="roi_gather3d",
             kernel=kernel,
             name=f"{dtype}, channels {'last' if channels_last else 'first'}",
-            types=types | dict.fromkeys(strides, "i64"),
+            types=types,
             fixed=fixed,
             options={"num_warps": module.WARPS},
             needed=maps * tile,
+            aligned=tuple(n for n in kernel.arg_names if n not in types and n not in ("rois", odd)),
         )
 
 

@@ -78,6 +78,21 @@ def kernels_of_the_library() -> set[str]:
     return found
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets")
+def test_arguments_are_typed_as_in_a_launch() -> None:
+    """An integer that is 1 is fixed only where the kernel does not give its type; else other code is counted."""
+    pytest.importorskip("triton.backends.nvidia")
+    from bench.specialisations import specialisations
+
+    for one in specialisations((9, 0)):
+        for parameter in one.kernel.params:
+            name, annotated = parameter.name, parameter.annotation_type
+            if parameter.is_constexpr or name in one.fixed:
+                assert name in one.fixed and not annotated, (one.kernel.__name__, name)
+            elif annotated:
+                assert one.types.get(name, "i32") == annotated, (one.kernel.__name__, name)
+
+
 LOOPS = """
 .version 8.7
 .target sm_90a
