@@ -1,5 +1,6 @@
 """Whole-volume inference: S-Net and SOL-Net in overlapping windows, SOS-Net around the peaks, one label map."""
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -89,6 +90,13 @@ class Windows:
             self._last = (start, (image, snet, self.network.locate(snet)))
         return self._last[1]
 
+    def holding(self, boxes: list[Triple]) -> "Windows":
+        """Itself; with larger windows where a box would not fit into one."""
+        strides = _total_stride(self.network.snet.strides)
+        longest = [max(side) for side in zip(self.size, *boxes, strict=True)]
+        d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(longest, strides, self.volume.shape, strict=True))
+        return self if (d, h, w) == self.size else Windows(self.network, self.volume, (d, h, w))
+
     def average(self, overlap: float, with_heatmaps: bool) -> tuple[Tensor, Tensor]:
         """Probabilities (C, D, H, W) and heat maps (K or 0, D, H, W), averaged over windows with Gaussian weights."""
         weight = _importance(self.size, self.volume.device)
@@ -130,6 +138,7 @@ def _add_small_organs(
     """Paste SOS-Net's segmentations of the organs `found` over `labels`; returns labels and their probabilities."""
     logits: dict[int, Tensor] = {}
     sizes = windows.network.roi_sizes
+    windows = windows.holding([sizes[organ] for organ in found])
     for start, organs in _group(peaks, found, sizes, windows.size, tuple(windows.volume.shape)):
         image, snet, heatmaps = windows.run(start)
         in_window = peaks[organs] - peaks.new_tensor(start)
@@ -189,13 +198,16 @@ def _pad_to_stride(image: Tensor, window: Triple, strides: list[Triple]) -> tupl
 
     The norms need two voxels at the lowest resolution, so that a smaller volume is padded to twice the stride.
     """
-    total = [1, 1, 1]
-    for stride in strides:
-        total = [t * s for t, s in zip(total, stride, strict=True)]
+    total = _total_stride(strides)
     shape = [max(2, -(-n // t)) * t for n, t in zip(image.shape, total, strict=True)]
     d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(window, total, shape, strict=True))
     padding = [amount for n, m in zip(reversed(image.shape), reversed(shape), strict=True) for amount in (0, m - n)]
     return F.pad(image, padding, value=float(image.min())), (d, h, w)
+
+
+def _total_stride(strides: list[Triple]) -> Triple:
+    z, y, x = (math.prod(along) for along in zip((1, 1, 1), *strides, strict=True))
+    return z, y, x
 
 
 def _starts(shape: tuple[int, ...], size: Triple, overlap: float) -> list[Triple]:

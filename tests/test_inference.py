@@ -37,6 +37,17 @@ class StandIn(nn.Module):
         return [(roi_gather_3d([image], centers, self.roi_sizes[0])[0] - 5) * 4]
 
 
+def test_an_organ_longer_than_a_window_is_whole() -> None:
+    network = StandIn()
+    network.roi_sizes = [(16, 6, 6)]
+    image = torch.zeros(24, 16, 16)
+    image[6:18, 7:9, 7:9] = 8.0
+    image[12, 8, 8] = 9.0
+    labels = run(network, image).labels
+    assert torch.equal(labels == 2, image > 5)
+    assert network.snet.windows[-1] == (16, 16, 16)
+
+
 def run(network, image, parts=("snet", "sol", "sos"), min_peak=0.2):
     return segment(network, image, [2], window=(8, 16, 16), overlap=0.5, min_peak=min_peak, parts=parts)
 
