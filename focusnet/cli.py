@@ -6,8 +6,9 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 
@@ -23,10 +24,40 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
+SECTIONS = tuple(section.name for section in fields(Config))
+
+
+class _Parser(ArgumentParser):
+    def dump(self, namespace: Namespace, *options: Any, **more: Any) -> str:
+        """What `--print_config` prints: a file for `--config`, so the settings without the command's own options."""
+        settings = Namespace({name: namespace[name] for name in SECTIONS if name in namespace})
+        dumped: str = super().dump(settings, *options, **more)
+        return dumped
+
+
+class _ConfigFile(ActionConfigFile):
+    def __call__(self, parser: Any, found: Any, value: Any, option: str | None = None) -> None:
+        """Read the file, unless it has what is no section of `Config`: that would pass for the command's options."""
+        if not Path(value).is_file():
+            raise FocusNetError(f"--config {value}: no such file; presets are {', '.join(_presets())}")
+        odd = set(_top_level_keys(Path(value))).difference(SECTIONS)
+        if odd:
+            raise FocusNetError(f"--config {value} has {min(odd)}, expected only {', '.join(SECTIONS)}")
+        super().__call__(parser, found, value, option)
+
+
+def _top_level_keys(file: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FocusNetError(f"--config {file} is no YAML: {' '.join(str(error).split())}") from error
+    return [str(key) for key in content] if isinstance(content, dict) else []
+
+
 def command_parser(name: str, arguments: str, description: str) -> ArgumentParser:
     """A parser for `python -m focusnet.<name> [options] <arguments>` whose help shows defaults."""
     prog = f"python -m focusnet.{name}"
-    return ArgumentParser(
+    return _Parser(
         prog=prog,
         usage=f"{prog} [options] {arguments}",
         description=description,
@@ -37,11 +68,10 @@ def command_parser(name: str, arguments: str, description: str) -> ArgumentParse
 
 def add_config(parser: ArgumentParser) -> None:
     """Add `--config NAME|FILE` and one option for every setting of `Config`."""
-    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     parser.add_argument(
         "--config",
-        action=ActionConfigFile,
-        help=f"a YAML file, or the name of a preset: {names}; later options override it",
+        action=_ConfigFile,
+        help=f"a YAML file, or the name of a preset: {', '.join(_presets())}; later options override it",
     )
     parser.add_class_arguments(Config, None)
 
@@ -107,6 +137,10 @@ def _with_preset_files(arguments: list[str]) -> list[str]:
         elif option == "--config" and position + 1 < len(arguments):
             replaced[position + 1] = _preset_file(arguments[position + 1])
     return replaced
+
+
+def _presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def _preset_file(name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from focusnet import prepare, train
 from focusnet.cli import PRESETS, add_config, command_parser, config_of, parse, pick_device, run
 from focusnet.config import _RULES, Config, LossConfig, _settings
 from focusnet.data.organs import canonical_name
@@ -48,13 +49,37 @@ def test_a_file_of_the_users_own(tmp_path) -> None:
     assert config("--config", str(file)).train.seed == 7
 
 
+@pytest.mark.parametrize("command", [train.main, prepare.main])
+def test_a_printed_configuration_serves_every_command(command, tmp_path, capsys) -> None:
+    options = ["--config", "demo", "--train.seed", "7", "--data.small_voxels", "50", "--print_config"]
+    with pytest.raises(SystemExit):
+        train.main(["DATA", "--out", "RUN", *options])
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert config("--config", str(file)) == config(*options[:-1])
+    required = ["--out", str(tmp_path / "run")] if command is train.main else []
+    with pytest.raises(FocusNetError, match="the_positional_one"):
+        command([str(tmp_path / "the_positional_one"), *required, "--config", str(file)])
+
+
+def test_a_configuration_has_settings_alone(tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("source: elsewhere\ntrain: {seed: 7}\n")
+    with pytest.raises(FocusNetError, match=r"mine.yaml has source, expected only data, model, loss, train, predict$"):
+        train.main(["DATA", "--out", "RUN", "--config", str(file)])
+    file.write_text("train: [")
+    with pytest.raises(FocusNetError, match=r"mine.yaml is no YAML") as raised:
+        config("--config", str(file))
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--train.sed", "3"], "train.sed"),
         (["--model.norm", "layer"], "layer"),
         (["--data.spacing", "[1,2]"], "data.spacing"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file; presets are demo, openkbp, paper, released"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], named: str) -> None:
