@@ -207,6 +207,12 @@ def table_text(rows: Sequence[TableRow], title: str | None = None) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
+def print_table(table: Table, console: Console) -> None:
+    """Print where `console` does, never narrower than the table: a cut-off number is worse than a wrapped line."""
+    width = max(console.width, TABLE_WIDTH)
+    Console(file=console.file, width=width, force_terminal=console.is_terminal).print(table)
+
+
 def evaluate(
     truth: Path,
     prediction: Path,
@@ -523,8 +529,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for note in evaluation.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    # never narrower than the table: a cut-off number is worse than a wrapped line
-    Console(width=max(Console().width, TABLE_WIDTH)).print(format_table(evaluation.rows))
+    print_table(format_table(evaluation.rows), Console())
     if arguments.out is not None:
         write_results(evaluation, arguments.out)
         print(f"written: {arguments.out}/{{cases.csv,table.txt,table.csv,results.json}}")

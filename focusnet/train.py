@@ -27,6 +27,7 @@ from .data.cache import DEFAULT_CACHE, cache_folder
 from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
 from .errors import FocusNetError
+from .evaluate import print_table
 from .files import atomic_write
 from .losses import focal_alpha, heatmap_loss, segmentation_loss, sos_loss
 from .prepare import prepare
@@ -243,7 +244,7 @@ class Trainer:
         score = f"  validation DSC {result.score:.3f}" if result is not None else ""
         self._say(f"{stage} {entry['epoch']}/{settings.epochs}  {loss}  lr {entry['lr']:.2g}  {took}{ends}{score}")
         if result is not None:
-            self.console.print(result.table())
+            print_table(result.table(), self.console)
 
     def _say(self, line: str) -> None:
         _say(self.console, line)

@@ -17,6 +17,7 @@ from rich.console import Console
 from focusnet.checkpoint import load_checkpoint
 from focusnet.config import AugmentConfig, StageConfig
 from focusnet.errors import FocusNetError
+from focusnet.evaluate import OrganScore, summarize
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
 from focusnet.train import STAGES, State, Trainer, learning_rate, main, seconds_left, split_cases, start_training
 from focusnet.validation import Validation
@@ -281,6 +282,31 @@ def test_a_terminal_shows_loss_and_time_left(data, tmp_path, monkeypatch) -> Non
     assert "validation on [b]ob:a:;" in shown.getvalue()
     assert re.search(r"snet 1/2 .* 3/3 .* loss 1\.2500", shown.getvalue())
     assert len(re.findall(r"(?:snet|sol) ./2  loss 1\.2500 .* about .* left", shown.getvalue())) == 3  # not the last
+
+
+@pytest.mark.parametrize("width", [None, 40])
+def test_the_validation_table_is_never_cut(data, tmp_path, monkeypatch, capsys, width) -> None:
+    def ok(case, organ, value):
+        return OrganScore(case, organ, "ok", value, 120.25 - value, value, localisation_mm=60 * value, inside_roi=True)
+
+    missed = OrganScore("a", "OpticNrv_L", "missed", 0.0, 512.34)
+    scores = [
+        missed,
+        ok("b", "OpticNrv_L", 0.75),
+        *(ok(case, "Glnd_Submand_L", len(case) / 9) for case in ("a", "bcd")),
+    ]
+    rows = summarize(scores, {"OpticNrv_L"})
+    monkeypatch.setattr(Trainer, "_validate", lambda self: Validation(0.5, rows))
+    shown = io.StringIO()
+    if width is not None:
+        terminal = Console(file=shown, force_terminal=True, color_system=None, width=width)
+        monkeypatch.setattr("focusnet.train.console", lambda: terminal)
+    none = {stage: StageConfig(epochs=int(stage == "snet")) for stage in STAGES}
+    start(data, tmp_path / "run", tiny_config(**none, steps_per_epoch=1))
+    printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out if width is None else shown.getvalue())
+    assert "…" not in printed
+    assert re.search(r"organ +DSC % +95HD mm +n +missed +spurious +DSC % +95HD mm +mm +%", printed)
+    assert re.search(r"OpticNrv_L +37\.5 ± 53\.0 +315\.92 ± 277\.78 +2 +1 +0 +75\.0 +119\.50 +45\.00 +100", printed)
 
 
 def test_the_time_left_covers_all_stages() -> None:
