@@ -74,11 +74,9 @@ def _score(model: Model, case: CaseRecord, labels: np.ndarray, result: Segmentat
     located = plan.small_organs if "sol" in model.parts else []
     scores = []
     for value, organ in enumerate(plan.organ_names, start=1):
-        if organ not in case.organs:
-            continue
         truth = labels == value
         (score,) = evaluate_pair({organ: truth}, {organ: found == value}, plan.spacing, case=case.name)
-        if organ in located:
+        if organ in located and organ in case.organs:
             position = located.index(organ)
             peak = result.peaks[position].cpu().numpy()
             score = dataclasses.replace(

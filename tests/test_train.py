@@ -14,13 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from focusnet import validation
 from focusnet.checkpoint import load_checkpoint
 from focusnet.config import AugmentConfig, StageConfig
+from focusnet.data.cache import cache_folder
 from focusnet.errors import FocusNetError
 from focusnet.evaluate import OrganScore, summarize
+from focusnet.inference import Segmentation
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
 from focusnet.train import STAGES, State, Trainer, learning_rate, main, seconds_left, split_cases, start_training
-from focusnet.validation import Validation
+from focusnet.validation import Validation, validate
 from tests.tiny import tiny_config, write_data
 
 CPU = torch.device("cpu")
@@ -282,6 +285,33 @@ def test_a_terminal_shows_loss_and_time_left(data, tmp_path, monkeypatch) -> Non
     assert "validation on [b]ob:a:;" in shown.getvalue()
     assert re.search(r"snet 1/2 .* 3/3 .* loss 1\.2500", shown.getvalue())
     assert len(re.findall(r"(?:snet|sol) ./2  loss 1\.2500 .* about .* left", shown.getvalue())) == 3  # not the last
+
+
+def test_an_organ_found_where_nobody_contoured_it_is_spurious_and_enters_no_mean(data, finished, monkeypatch) -> None:
+    model, _ = load_checkpoint(finished / "last.pt", CPU)
+    model.network.eval()
+    cache = cache_folder(data.parent / "cache", data, model.config.data)
+    with_eye, without = model.plan.cases[:2]
+    assert "Eye_R" in with_eye.organs and "Eye_R" not in without.organs
+
+    def find(wanted):
+        def segmented(network, intensities, *arguments, **options):
+            labels = torch.zeros(intensities.shape, dtype=torch.uint8)
+            for organ in wanted:
+                labels[1, 1, model.plan.organ_names.index(organ)] = model.plan.organ_names.index(organ) + 1
+            return Segmentation(labels, torch.ones(4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2))
+
+        monkeypatch.setattr(validation, "segment", segmented)
+        return validate(model, cache, [with_eye, without], CPU)
+
+    absent, spurious = find(["Brainstem", "Eye_L"]), find(["Brainstem", "Eye_L", "Eye_R"])
+    rows = [{row.organ: row for row in result.rows} for result in (absent, spurious)]
+    assert [found["Eye_R"].spurious for found in rows] == [0, 1]
+    assert [found["mean of all"].spurious for found in rows] == [0, 1]
+    for found in rows:
+        assert (found["Eye_R"].n, found["Eye_L"].n) == (1, 2)
+        assert found["Eye_R"].dsc.sd is None and found["Eye_R"].localisation_mm.sd is None  # of one case alone
+    assert rows[0]["Eye_R"].missed == 1 and rows[1]["Eye_R"].missed == 0
 
 
 @pytest.mark.parametrize("width", [None, 40])
