@@ -2,8 +2,8 @@
 
 import os
 import sys
-from argparse import ArgumentError
-from collections.abc import Callable
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 PRESETS = Path(__file__).parent / "presets"
+SCRIPT = "focusnet"
+EXAMPLES = "examples (in options, - does for _):"
 PIPE_WIDTH = 120
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -54,35 +56,48 @@ def _top_level_keys(file: Path) -> list[str]:
     return [str(key) for key in content] if isinstance(content, dict) else []
 
 
-def command_parser(name: str, arguments: str, description: str) -> ArgumentParser:
-    """A parser for `python -m focusnet.<name> [options] <arguments>` whose help shows defaults."""
-    prog = f"python -m focusnet.{name}"
+class _HelpFormatter(DefaultHelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
+
+
+def command_parser(name: str, arguments: str, description: str, examples: Sequence[str]) -> ArgumentParser:
+    """A parser for `python -m focusnet.<name> [options] <arguments>` whose help shows defaults and `examples`, each
+    the rest of a command line."""
+    prog = f"focusnet {name}" if Path(sys.argv[0]).stem == SCRIPT else f"python -m focusnet.{name}"
     return _Parser(
         prog=prog,
         usage=f"{prog} [options] {arguments}",
         description=description,
-        formatter_class=DefaultHelpFormatter,
+        epilog="\n".join([EXAMPLES, *(f"  {prog} {example}" for example in examples)]),
+        formatter_class=_HelpFormatter,
         exit_on_error=False,
     )
 
 
-def add_config(parser: ArgumentParser) -> None:
-    """Add `--config NAME|FILE` and one option for every setting of `Config`."""
+def add_config(parser: ArgumentParser, shown: Sequence[str] = SECTIONS) -> None:
+    """Add `--config NAME|FILE` and one option for every setting of `Config`; the help has the sections of `shown`, the
+    others are accepted so that one file serves all commands."""
     parser.add_argument(
         "--config",
         action=_ConfigFile,
         help=f"a YAML file, or the name of a preset: {', '.join(_presets())}; later options override it",
     )
     parser.add_class_arguments(Config, None)
+    for action in parser._actions:
+        section = action.dest.partition(".")[0]
+        if section in SECTIONS and section not in shown:
+            action.help = SUPPRESS
 
 
 def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Parse `argv` (default: the command line); preset names after `--config` stand for their files.
+    """Parse `argv` (default: the command line); options may have - for _, and preset names after `--config`
+    stand for their files.
 
     Raises:
         FocusNetError: an option or value is wrong.
     """
-    arguments = _with_preset_files(sys.argv[1:] if argv is None else argv)
+    arguments = _with_preset_files(_with_underscores(sys.argv[1:] if argv is None else argv))
     try:
         return parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -125,6 +140,16 @@ def console(*, stderr: bool = False) -> Console:
     """Where a command reports; wide enough for the tables where the output is a file or a pipe."""
     stream = Console(stderr=stderr)
     return stream if stream.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+
+
+def _with_underscores(arguments: list[str]) -> list[str]:
+    """`arguments` with every option, but no value, spelled as it is defined."""
+    spelled = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        is_option = option.startswith("--") and len(option) > 2
+        spelled.append(f"--{option[2:].replace('-', '_')}{equals}{value}" if is_option else argument)
+    return spelled
 
 
 def _with_preset_files(arguments: list[str]) -> list[str]:

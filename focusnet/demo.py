@@ -17,7 +17,12 @@ PHANTOM = ["--spacing", "[2.5,2.0,2.0]", "--field_of_view", "head", "--organs", 
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = command_parser("demo", "OUT", "Make phantoms, train all stages on them, segment and score held-out ones.")
+    parser = command_parser(
+        "demo",
+        "OUT",
+        "Make phantoms, train all stages on them, segment and score held-out ones.",
+        ["demo", "runs/demo"],
+    )
     parser.add_argument("out", type=Path, help="folder for everything; a stopped demo goes on where it was")
     out = parse(parser, argv).out
     report, started = console(), time.monotonic()

@@ -497,7 +497,10 @@ def _write_text(path: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = command_parser(
-        "evaluate", "TRUTH PREDICTION", "Compare two folders of segmentations: DSC and 95HD of every organ."
+        "evaluate",
+        "TRUTH PREDICTION",
+        "Compare two folders of segmentations: DSC and 95HD of every organ.",
+        ["DATA OUT --out RESULTS", "DATA OUT --allow_missing_cases --organs Brainstem Parotid_L Parotid_R"],
     )
     parser.add_argument("truth", type=Path, help="folder of true segmentations, in any known layout")
     parser.add_argument("prediction", type=Path, help="folder of segmentations to judge, cases of the same names")
@@ -514,7 +517,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         help="after the folders: organs to list apart (default: mean volume below 2.5 cm3)",
     )
-    parser.add_argument("--allow-missing-cases", action="store_true", help="leave out cases that only one folder has")
+    parser.add_argument("--allow_missing_cases", action="store_true", help="leave out cases that only one folder has")
     parser.add_argument("--processes", type=PositiveInt | None, help="cases compared at a time (default: all cores)")
     arguments = parse(parser, argv)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():

@@ -134,7 +134,12 @@ def _reason(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 if a CT could not be segmented."""
     parser = command_parser(
-        "predict", "CHECKPOINT INPUT --out OUT", "Segment CTs; masks lie on exactly the CTs' grids."
+        "predict",
+        "CHECKPOINT INPUT --out OUT",
+        "Segment CTs; masks lie on exactly the CTs' grids. OUT/<case>/ gets labels.nii.gz with labels.json (which "
+        "value is which organ) or, with --per_organ, segmentations/<Organ>.nii.gz; statistics.json (per organ its "
+        "volume in cm3, centre in mm (x, y, z; LPS) and how sure the network was, 0 to 1); and qc.png to look at.",
+        ["RUN/best.pt CTS --out OUT", "RUN/best.pt patient.nii.gz --out OUT --per_organ --device cpu"],
     )
     parser.add_argument("checkpoint", type=Path, help="best.pt of a training run")
     parser.add_argument("input", type=Path, help="an image file, a folder of images or of cases, or a DICOM folder")

@@ -230,7 +230,10 @@ def _print_plan(console: Console, plan: Plan) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 if a case is unusable and `--skip-bad` was not given."""
     parser = command_parser(
-        "prepare", "DATA", "Check a data set, measure its organs, fill the cache and print the plan."
+        "prepare",
+        "DATA",
+        "Check a data set, measure its organs, fill the cache and print the plan.",
+        ["DATA", "DATA --skip_bad --data.organs [Brainstem,Parotid_L,Parotid_R]"],
     )
     parser.add_argument(
         "source",
@@ -239,8 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         help="folder of cases with images and contours (see docs/data.md)",
     )
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for prepared data, shared with train")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable cases instead of failing")
-    add_config(parser)
+    parser.add_argument("--skip_bad", action="store_true", help="leave out unusable cases instead of failing")
+    add_config(parser, shown=("data",))
     arguments = parse(parser, argv)
     config = config_of(arguments).data
     console = Console(soft_wrap=True)

@@ -447,11 +447,16 @@ def _is_complete(model: Model, training: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = command_parser("train", "SOURCE --out RUN", "Train S-Net, SOL-Net, SOS-Net, then all of them end to end.")
-    parser.add_argument("source", type=Path, help="folder of cases, each with a CT and its organs (docs/data.md)")
+    parser = command_parser(
+        "train",
+        "DATA --out RUN",
+        "Train S-Net, SOL-Net, SOS-Net, then all of them end to end.",
+        ["DATA --out RUN --config demo", "DATA --out RUN --resume"],
+    )
+    parser.add_argument("source", type=Path, metavar="DATA", help="folder of cases with CTs and organs (docs/data.md)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: last.pt, best.pt, history.json")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for prepared data, as of prepare")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable cases instead of failing")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out unusable cases instead of failing")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its own settings")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_config(parser)

@@ -1,3 +1,4 @@
+import importlib
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ SCRIPT = "from focusnet.__main__ import main; main()"
 
 
 def config(*arguments: str) -> Config:
-    parser = command_parser("test", "", "A command.")
+    parser = command_parser("test", "", "A command.", [])
     add_config(parser)
     return config_of(parse(parser, list(arguments)))
 
@@ -41,6 +42,14 @@ def test_options_override_the_preset() -> None:
 def test_config_survives_a_checkpoint(preset: str) -> None:
     chosen = config("--config", preset)
     assert Config.from_dict(chosen.to_dict()) == chosen
+
+
+def test_options_are_spelled_either_way() -> None:
+    assert config("--data.small-voxels=5", "--predict.min-peak", "0.1").data.small_voxels == 5
+    assert config("--data.small-organs=[a-b]").data.small_organs == ["a-b"]
+    for option in ("--skip-bad", "--skip_bad"):
+        with pytest.raises(FocusNetError, match="no-such_folder"):
+            prepare.main(["no-such_folder", option])
 
 
 def test_a_file_of_the_users_own(tmp_path) -> None:
@@ -165,6 +174,29 @@ def test_errors_are_one_line_and_status_2(command: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "prepare", "phantom", "demo"])
+@pytest.mark.parametrize(
+    ("script", "prog"), [("/bin/focusnet", "focusnet {}"), ("/focusnet/x.py", "python -m focusnet.{}")]
+)
+def test_help_has_examples(command: str, script: str, prog: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"focusnet.{command}").main()
+    said, prog = capsys.readouterr().out, prog.format(command)
+    assert said.startswith(f"usage: {prog} [options] ")
+    assert said.partition("\nexamples")[2].count(f"  {prog} ") == 2
+
+
+def test_help_of_prepare_has_the_settings_of_data(capsys) -> None:
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    said = capsys.readouterr().out
+    assert "--data.spacing" in said
+    assert not re.search(
+        r"--(model|loss|train|predict)|squeeze|Prediction|The layout|Weights of the losses", said, re.I
+    )
+
+
 def test_the_script_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "focusnet"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -175,7 +207,7 @@ def test_the_script_lists_its_commands() -> None:
 def test_only_the_configuration_names_a_preset(option: list[str], tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
-    parser = command_parser("train", "SOURCE", "Train.")
+    parser = command_parser("train", "SOURCE", "Train.", [])
     parser.add_argument("source", type=Path)
     add_config(parser)
     arguments = parse(parser, ["demo", *option])

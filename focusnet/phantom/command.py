@@ -30,7 +30,9 @@ every intensity is synthetic."""
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     sizes = ", ".join(f"{name} = {z:g} x {y:g} x {x:g}" for name, (z, y, x) in FIELDS_OF_VIEW.items())
-    parser = command_parser("phantom", "OUT", DESCRIPTION)
+    parser = command_parser(
+        "phantom", "OUT", DESCRIPTION, ["DATA --cases 20", "DATA --field_of_view head --organs [Lens_L,Lens_R]"]
+    )
     option = parser.add_argument
     option("out", type=Path, help="folder for the data set")
     option("--cases", type=int | None, help="how many; default: 10, or all that --from-labels has")
@@ -42,7 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     option(
         "--field_of_view",
-        "--field-of-view",
         type=FieldOfView,
         default="full",
         help=f"name or [z,y,x] in mm; {sizes} mm",
@@ -51,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     option("--organs", type=list[str] | None, help="[Lens_L,Lens_R,...]; default: the paper's")
     option(
         "--from_labels",
-        "--from-labels",
         type=Path | None,
         help="paint around this data set's contours instead",
     )
