@@ -51,8 +51,9 @@ class State:
     Attributes:
         stage: Name of the current stage.
         epoch: Finished epochs of that stage.
-        best: Best validation score of that stage so far.
-        best_epoch: The epoch that had it.
+        best: Best validation score so far among the stages with all parts that are trained by now.
+        best_stage: The stage that had it.
+        best_epoch: The epoch of that stage.
         seconds: Training time so far.
         history: One entry per finished epoch: what `history.json` holds.
     """
@@ -60,6 +61,7 @@ class State:
     stage: str = STAGES[0]
     epoch: int = 0
     best: float = -1.0
+    best_stage: str = STAGES[0]
     best_epoch: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -68,7 +70,8 @@ class State:
 class Trainer:
     """Trains one model in the folder `out`: `last.pt` after every epoch, `best.pt`, `history.json`.
 
-    `best.pt` is chosen by validation within the latest stage, so that it holds every part trained so far.
+    `best.pt` is the best validation among the stages with all parts that are trained by now: "joint" competes with
+    "sos". Every stage goes on from the last weights of the one before.
 
     Args:
         model: What to train.
@@ -93,7 +96,8 @@ class Trainer:
 
     def resume(self, training: dict[str, Any]) -> None:
         """Go on from the state that a checkpoint holds."""
-        self.state = State(**training["state"])
+        # runs begun before `best_stage` was stored had the best of their current stage
+        self.state = State(**{"best_stage": training["state"]["stage"], **training["state"]})
         if training["optimizer"] is not None:
             self._start_stage(self.state.stage)
             assert self.optimizer is not None
@@ -122,7 +126,9 @@ class Trainer:
             if STAGES.index(stage) < STAGES.index(self.state.stage):
                 continue
             if stage != self.state.stage or self.optimizer is None:
-                self.state.stage, self.state.epoch, self.state.best = stage, 0, -1.0
+                if AVAILABLE[stage] != AVAILABLE[self.state.stage]:
+                    self.state.best = -1.0
+                self.state.stage, self.state.epoch = stage, 0
                 self._start_stage(stage)
             while self.state.epoch < settings.epochs:
                 self._epoch(stage, settings)
@@ -252,7 +258,8 @@ class Trainer:
     def _save(self, result: Validation | None) -> None:
         best = result is not None and result.score >= self.state.best
         if best and result is not None:
-            self.state.best, self.state.best_epoch = result.score, self.state.epoch
+            self.state.best = result.score
+            self.state.best_stage, self.state.best_epoch = self.state.stage, self.state.epoch
         training = {
             "state": vars(self.state),
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
@@ -423,8 +430,8 @@ def start_training(
     state = trainer.state
     _say(
         reporter,
-        f"done: {out / 'best.pt'} is epoch {state.best_epoch} of stage {state.stage}, validation DSC {state.best:.3f}; "
-        f"training took {_duration(state.seconds)}",
+        f"done: {out / 'best.pt'} is epoch {state.best_epoch} of stage {state.best_stage}, "
+        f"validation DSC {state.best:.3f}; training took {_duration(state.seconds)}",
     )
 
 

@@ -63,8 +63,10 @@ def test_all_stages_run_and_are_recorded(finished) -> None:
     assert not list(finished.glob("**/.tmp*"))
     model, training = load_checkpoint(finished / "last.pt", CPU)
     assert model.parts == ("snet", "sol", "sos")
-    joint = [entry.get("score", -1) for entry in history if entry["stage"] == "joint"]
-    assert training["state"]["best"] == max(joint)
+    whole = [entry for entry in history if entry["stage"] in ("sos", "joint") and "score" in entry]
+    best = max(reversed(whole), key=lambda entry: entry["score"])
+    state = training["state"]
+    assert (state["best"], state["best_stage"], state["best_epoch"]) == (best["score"], best["stage"], best["epoch"])
     assert load_checkpoint(finished / "best.pt", CPU)[0].parts == model.parts
 
 
@@ -138,6 +140,30 @@ def test_the_best_epoch_is_kept_through_a_resumption(data, tmp_path, monkeypatch
     assert (out / "best.pt").read_bytes() == before
     _, training = load_checkpoint(out / "last.pt", CPU)
     assert (training["state"]["best"], training["state"]["best_epoch"]) == (0.9, 2)
+
+
+# a score per stage; the last stage is stopped before it begins, or not
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("scores", "best"), [((0.9, 0.8, 0.5, 0.4), ("sos", 0.5)), ((0.9, 0.8, 0.5, 0.6), ("joint", 0.6))]
+)
+def test_the_last_stage_competes_with_the_one_before(
+    data, tmp_path, monkeypatch, capsys, scores, best, resumed
+) -> None:
+    left = iter(scores)
+    monkeypatch.setattr(Trainer, "_validate", lambda self: Validation(next(left), []))
+    config = tiny_config(**{stage: StageConfig(epochs=1) for stage in STAGES}, steps_per_epoch=1)
+    out = tmp_path / "run"
+    if resumed:
+        stopped(data, out, config, epoch=4)
+    start(data, out, config, resume=resumed)
+    state = load_checkpoint(out / "last.pt", CPU)[1]["state"]
+    assert (state["best_stage"], state["best"]) == best
+    model, training = load_checkpoint(out / "best.pt", CPU)
+    assert training["state"]["stage"] == best[0] and model.parts == ("snet", "sol", "sos")
+    assert f"best.pt is epoch 1 of stage {best[0]}, validation DSC {best[1]:.3f}" in "".join(
+        capsys.readouterr().out.splitlines()
+    )
 
 
 def test_frozen_parts_do_not_move_nor_do_their_norms(data, tmp_path) -> None:
