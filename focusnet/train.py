@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import Model, build_network, load_checkpoint, save_checkpoint
 from .cli import add_config, command_parser, config_of, console, parse, pick_device, run
-from .config import Config, StageConfig
+from .config import Config, StageConfig, TrainConfig
 from .data.cache import DEFAULT_CACHE, cache_folder
 from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
@@ -272,16 +273,26 @@ class Trainer:
 
 
 def stages(model: Model) -> list[str]:
-    """The stages that a model goes through: those that have epochs; the small organs' only if there are any.
+    """The stages that a model goes through: those that have epochs; the small organs' only if there are any."""
+    wanted = [stage for stage in STAGES if getattr(model.config.train, stage).epochs]
+    return wanted if model.plan.small_organs else wanted[:1]
+
+
+def check_stages(config: TrainConfig) -> None:
+    """Refuse stages that would train on parts that no stage before has trained.
 
     Raises:
-        FocusNetError: there is none.
+        FocusNetError: a stage has epochs and the one before has none, or none has any.
     """
-    wanted = [stage for stage in STAGES if getattr(model.config.train, stage).epochs]
-    found = wanted if model.plan.small_organs else [stage for stage in wanted if stage == "snet"]
-    if not found:
+    epochs = {stage: getattr(config, stage).epochs for stage in STAGES}
+    if not any(epochs.values()):
         raise FocusNetError("there is nothing to train: train.snet.epochs and those of the other stages are 0")
-    return found
+    for before, stage in pairwise(STAGES):
+        if epochs[stage] and not epochs[before]:
+            raise FocusNetError(
+                f"train.{stage}.epochs is {epochs[stage]}, but train.{before}.epochs is 0: stage {stage} needs what "
+                f"stage {before} trains; give {before} epochs too, or only the last stages none"
+            )
 
 
 def changed_settings(config: Config, stored: Config) -> list[str]:
@@ -393,6 +404,7 @@ def start_training(
         skip_bad: Leave out unusable cases instead of failing.
         device: Where to compute.
     """
+    check_stages(config.train)
     reporter, last = console(), out / "last.pt"
 
     def tell(line: str) -> None:

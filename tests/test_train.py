@@ -378,6 +378,21 @@ def test_a_run_without_epochs(data, tmp_path) -> None:
         start(data, tmp_path / "run", tiny_config(**{stage: StageConfig(epochs=0) for stage in STAGES}))
 
 
+@pytest.mark.parametrize(
+    ("epochs", "named"),
+    [
+        ((0, 0, 1, 0), "train.sos.epochs is 1, but train.sol.epochs is 0"),
+        ((0, 2, 1, 1), "train.sol.epochs is 2, but train.snet.epochs is 0"),
+        ((1, 0, 3, 1), "train.sos.epochs is 3, but train.sol.epochs is 0"),
+        ((1, 1, 0, 1), "train.joint.epochs is 1, but train.sos.epochs is 0"),
+    ],
+)
+def test_a_stage_on_untrained_parts_is_refused_first(tmp_path, epochs, named) -> None:
+    config = tiny_config(**{stage: StageConfig(epochs=n) for stage, n in zip(STAGES, epochs, strict=True)})
+    with pytest.raises(FocusNetError, match=f"^{named}"):
+        start(tmp_path / "nowhere", tmp_path / "run", config)
+
+
 def test_unusable_cases_are_left_out_on_demand(data, tmp_path, capsys) -> None:
     copied = shutil.copytree(data, tmp_path / "data")
     (copied / "case_3" / "img.nrrd").write_bytes(b"")
