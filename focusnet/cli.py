@@ -72,6 +72,7 @@ def command_parser(name: str, arguments: str, description: str, examples: Sequen
         epilog="\n".join([EXAMPLES, *(f"  {prog} {example}" for example in examples)]),
         formatter_class=_HelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
 
 

@@ -481,6 +481,8 @@ def main(argv: list[str] | None = None) -> int:
     add_config(parser)
     arguments: Namespace = parse(parser, argv)
     if arguments.resume:
+        if not (arguments.out / "last.pt").is_file():
+            raise FocusNetError(f"{arguments.out / 'last.pt'}: nothing to resume: leave out --resume")
         # what is not given again stays as it was
         stored, _ = load_checkpoint(arguments.out / "last.pt", torch.device("cpu"))
         parser.set_defaults(stored.config.to_dict())

@@ -52,6 +52,16 @@ def test_options_are_spelled_either_way() -> None:
             prepare.main(["no-such_folder", option])
 
 
+def test_options_are_not_abbreviated() -> None:
+    with pytest.raises(FocusNetError, match="--skip"):
+        prepare.main(["no_such_folder", "--skip"])
+
+
+def test_nothing_to_resume(tmp_path) -> None:
+    with pytest.raises(FocusNetError, match=r"last.pt: nothing to resume: leave out --resume$"):
+        train.main([str(tmp_path), "--out", str(tmp_path / "run"), "--resume"])
+
+
 def test_a_file_of_the_users_own(tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train: {seed: 7}\n")
