@@ -22,6 +22,7 @@ from .errors import FocusNetError
 from .files import atomic_folder
 from .inference import Segmentation, segment
 from .qc import draw_qc
+from .train import check_writable
 
 _WRITTEN = {"labels.nii.gz", "labels.json", "segmentations", "statistics.json", "qc.png"}
 _PARTS = {"snet": "S-Net", "sol": "SOL-Net", "sos": "SOS-Net"}
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     inputs, empty = find_inputs(arguments.input)
     if empty:
         print(f"note: no CT in {', '.join(empty)}", file=sys.stderr)
+    check_writable(arguments.out)
     failures = []
     print(_describe(model, arguments.checkpoint, device))
     for name, source in track(list(inputs.items()), description="predicting", console=console, transient=True):

@@ -295,6 +295,23 @@ def check_stages(config: TrainConfig) -> None:
             )
 
 
+def check_writable(folder: Path) -> None:
+    """Create a folder for results and write into it, so that no work is lost to one that cannot be written.
+
+    Raises:
+        FocusNetError: it cannot be written (read-only, disk full, a file), naming it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FocusNetError(f"cannot write into {folder}: it is a file, expected a folder")
+    probe = folder / ".probe"
+    try:
+        with atomic_write(probe) as temporary:
+            temporary.write_bytes(b"probe")
+    except FocusNetError as error:
+        raise FocusNetError(str(error).replace(f"cannot write {probe}", f"cannot write into {folder}")) from error
+    probe.unlink(missing_ok=True)
+
+
 def changed_settings(config: Config, stored: Config) -> list[str]:
     """The settings, named as options, that differ and may not change when a run is resumed."""
 
@@ -416,6 +433,7 @@ def start_training(
     if stored is not None and _is_complete(*stored):
         _say(reporter, f"{out} is complete: nothing is left to train")
         return
+    check_writable(out)
     folder = cache_folder(cache, source, config.data)
     plan = prepare(source, folder, config.data, skip_bad=skip_bad, tell=tell)
     if stored is None:

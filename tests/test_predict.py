@@ -137,6 +137,17 @@ def test_the_data_set_is_never_replaced(checkpoint, tmp_path, capsys) -> None:
     assert sorted((tmp_path / "data").rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["file", "file/out"])
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_ct(
+    checkpoint, tmp_path, monkeypatch, name
+) -> None:
+    write_data(tmp_path / "data", cases=1)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(predict, "predict_case", lambda *arguments, **options: pytest.fail("segmented"))
+    with pytest.raises(FocusNetError, match=f"^cannot write into {tmp_path / name}: [^/]+$"):
+        run(checkpoint, tmp_path / "data", tmp_path / name)
+
+
 def test_options_of_prediction(checkpoint, tmp_path, capsys) -> None:
     write_case(tmp_path / "case", 5)
     image = tmp_path / "case" / "img.nrrd"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,17 @@ from focusnet.errors import FocusNetError
 from focusnet.evaluate import OrganScore, summarize
 from focusnet.inference import Segmentation
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
-from focusnet.train import STAGES, State, Trainer, learning_rate, main, seconds_left, split_cases, start_training
+from focusnet.train import (
+    STAGES,
+    State,
+    Trainer,
+    check_writable,
+    learning_rate,
+    main,
+    seconds_left,
+    split_cases,
+    start_training,
+)
 from focusnet.validation import Validation, validate
 from tests.tiny import tiny_config, write_data
 
@@ -391,6 +402,27 @@ def test_a_stage_on_untrained_parts_is_refused_first(tmp_path, epochs, named) ->
     config = tiny_config(**{stage: StageConfig(epochs=n) for stage, n in zip(STAGES, epochs, strict=True)})
     with pytest.raises(FocusNetError, match=f"^{named}"):
         start(tmp_path / "nowhere", tmp_path / "run", config)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "read_only"])
+def test_a_folder_that_cannot_be_written_is_noticed_first(data, tmp_path, monkeypatch, name) -> None:
+    (tmp_path / "file").write_text("no folder")
+    write, out = Path.write_bytes, tmp_path / name
+
+    def refuse(path, content):
+        if path.parent == tmp_path / "read_only":  # a stand-in: root writes whatever the permissions say
+            raise PermissionError(13, "Permission denied", str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr("focusnet.train.prepare", lambda *arguments, **options: pytest.fail("prepared"))
+    with pytest.raises(FocusNetError, match=f"^cannot write into {out}: [^/]+$"):
+        start(data, out, tiny_config())
+
+
+def test_the_probe_of_the_folder_leaves_nothing(tmp_path) -> None:
+    check_writable(tmp_path / "new" / "run")
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == ["run"]
 
 
 def test_unusable_cases_are_left_out_on_demand(data, tmp_path, capsys) -> None:
