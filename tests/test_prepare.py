@@ -1,6 +1,7 @@
 """Checking a data set, the cache, and the plan."""
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def test_plan_and_arrays_hold_what_is_in_the_data(tmp_path: Path) -> None:
         assert image.shape == labels.shape == case.shape
         for organ in case.organs:
             found = labels == case.organs.index(organ) + 1
-            assert found.sum() == case.voxels[organ]
+            assert found.any()
             np.testing.assert_allclose(np.argwhere(found).mean(axis=0), case.centers[organ])
             assert abs(image[found].mean() - (200 if organ == "Brainstem" else 400)) < 10
 
@@ -280,7 +281,7 @@ def test_every_problem_of_every_case_is_reported(tmp_path: Path, capsys: pytest.
     assert [case.name for case in plan.cases] == ["case_0"] and len(told) == 5
     assert "NaN" in told[1]
     (path,) = cache.rglob("plan.json")
-    assert [case.name for case in Plan.load(path).cases] == ["case_0"]
+    assert [case["name"] for case in json.loads(path.read_text())["cases"]] == ["case_0"]
 
 
 def test_chosen_organs_alone_are_read(tmp_path: Path) -> None:
@@ -397,7 +398,7 @@ def report(name: str, **volumes: float) -> CaseReport:
     sizes = {
         organ: OrganSize(round(volume / 2.5), volume, (volume ** (1 / 3),) * 3) for organ, volume in volumes.items()
     }
-    return CaseReport(name, "f", sizes=sizes, record=CaseRecord(name, (9, 9, 9), list(sizes), {}, {}))
+    return CaseReport(name, "f", sizes=sizes, record=CaseRecord(name, (9, 9, 9), list(sizes), {}))
 
 
 def test_small_organs_and_weights_are_close_to_the_authors() -> None:
@@ -448,12 +449,11 @@ def test_the_plan_goes_through_a_checkpoint(tmp_path: Path) -> None:
     assert Plan.from_dict(torch.load(buffer, weights_only=True)) == plan
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"spacing": 3}'])
-def test_a_file_that_is_no_plan(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(FocusNetError, match=r"plan\.json"):
-        Plan.load(tmp_path / "plan.json")
+def test_the_plan_of_an_older_checkpoint(tmp_path: Path) -> None:
+    plan = prepare(write_data(tmp_path / "data", 1), tmp_path / "cache", CONFIG)
+    content = plan.to_dict()
+    content["cases"][0]["voxels"] = {"Eye_L": 7}
+    assert Plan.from_dict(content) == plan
 
 
 @needs_real_data

@@ -300,7 +300,7 @@ def _record(ranks: np.ndarray, order: list[str], report: CaseReport) -> CaseReco
     from scipy import ndimage
 
     z, y, x = ranks.shape
-    record = CaseRecord(report.name, (z, y, x), [], {}, {})
+    record = CaseRecord(report.name, (z, y, x), [], {})
     boxes = ndimage.find_objects(ranks, max_label=len(order))
     for organ in sorted(order):
         rank = order.index(organ) + 1
@@ -313,7 +313,6 @@ def _record(ranks: np.ndarray, order: list[str], report: CaseReport) -> CaseReco
         center = [float(along.mean() + side.start) for along, side in zip(points, box, strict=True)]
         record.organs.append(organ)
         record.centers[organ] = (center[0], center[1], center[2])
-        record.voxels[organ] = len(points[0])
     return record
 
 

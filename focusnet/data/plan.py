@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Triple
-from ..errors import FocusNetError
 from ..files import atomic_write
 
 FloatTriple = tuple[float, float, float]
@@ -49,14 +48,12 @@ class CaseRecord:
         shape: Shape of the prepared arrays.
         organs: Organs contoured in this case; the label value of each in the cache is its position + 1.
         centers: Centre of mass of every contoured organ.
-        voxels: Voxels of every contoured organ in the prepared label map.
     """
 
     name: str
     shape: Triple
     organs: list[str]
     centers: dict[str, FloatTriple]
-    voxels: dict[str, int]
 
 
 @dataclass
@@ -111,29 +108,14 @@ class Plan:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-    @classmethod
-    def load(cls, path: Path) -> "Plan":
-        """Read `save`'s JSON.
-
-        Raises:
-            FocusNetError: the file is absent or no plan.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise FocusNetError(f"cannot read the plan {path}: {error.strerror or error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise FocusNetError(f"{path} is no plan of focusnet.prepare ({error})") from error
-
 
 def case_record(content: dict[str, Any]) -> CaseRecord:
-    """A case's record from plain containers."""
+    """A case's record from plain containers; other entries, as older checkpoints have them, are passed over."""
     return CaseRecord(
         name=str(content["name"]),
         shape=_ints(content["shape"]),
         organs=[str(name) for name in content["organs"]],
         centers={str(name): _floats(center) for name, center in content["centers"].items()},
-        voxels={str(name): int(count) for name, count in content["voxels"].items()},
     )
 
 
