@@ -63,3 +63,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             older.rename(path)
         shutil.rmtree(older, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder for results and write into it, so that no work is lost to one that cannot be written.
+
+    Raises:
+        FocusNetError: it cannot be written (read-only, disk full, a file), naming it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FocusNetError(f"cannot write into {folder}: it is a file, expected a folder")
+    probe = folder / ".probe"
+    try:
+        with atomic_write(probe) as temporary:
+            temporary.write_bytes(b"probe")
+    except FocusNetError as error:
+        raise FocusNetError(str(error).replace(f"cannot write {probe}", f"cannot write into {folder}")) from error
+    probe.unlink(missing_ok=True)

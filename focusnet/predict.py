@@ -19,10 +19,9 @@ from .data.images import Volume, read_image, write_labels
 from .data.inputs import find_inputs
 from .data.preprocess import normalize, prepare_image, restore_labels
 from .errors import FocusNetError
-from .files import atomic_folder
+from .files import atomic_folder, check_writable
 from .inference import Segmentation, segment
 from .qc import draw_qc
-from .train import check_writable
 
 _WRITTEN = {"labels.nii.gz", "labels.json", "segmentations", "statistics.json", "qc.png"}
 _PARTS = {"snet": "S-Net", "sol": "SOL-Net", "sos": "SOS-Net"}

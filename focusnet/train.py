@@ -29,7 +29,7 @@ from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
 from .errors import FocusNetError
 from .evaluate import print_table
-from .files import atomic_write
+from .files import atomic_write, check_writable
 from .losses import focal_alpha, heatmap_loss, segmentation_loss, sos_loss
 from .prepare import prepare
 from .validation import Validation, validate
@@ -105,7 +105,7 @@ class Trainer:
             self.optimizer.load_state_dict(training["optimizer"])
 
     def announce(self) -> None:
-        """Say what will be trained on which cases, and warn of organs that cannot be learnt."""
+        """Say what will be trained on which cases, and warn of organs that cannot be learnt, or only in part."""
         plan = self.model.plan
         unlearnt = _unlearnt(plan, self.training_cases)
         if unlearnt:
@@ -113,6 +113,13 @@ class Trainer:
                 f"warning: no training case has {', '.join(unlearnt)}, only validation cases have: nothing can be "
                 "learnt of it; choose other train.validation_cases, another train.seed, or data.organs without it"
             )
+        crop = self.config.crop
+        for organ in plan.organs:
+            if organ.roi_size is not None and any(side > most for side, most in zip(organ.roi_size, crop, strict=True)):
+                self._say(
+                    f"warning: the ROI of {organ.name}, {organ.roi_size} voxels (z, y, x), is larger than train.crop, "
+                    f"{crop}: training never sees all of it; enlarge train.crop or lower data.roi_scale"
+                )
         names = ", ".join(case.name for case in self.validation_cases)
         parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
         self._say(
@@ -293,23 +300,6 @@ def check_stages(config: TrainConfig) -> None:
                 f"train.{stage}.epochs is {epochs[stage]}, but train.{before}.epochs is 0: stage {stage} needs what "
                 f"stage {before} trains; give {before} epochs too, or only the last stages none"
             )
-
-
-def check_writable(folder: Path) -> None:
-    """Create a folder for results and write into it, so that no work is lost to one that cannot be written.
-
-    Raises:
-        FocusNetError: it cannot be written (read-only, disk full, a file), naming it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FocusNetError(f"cannot write into {folder}: it is a file, expected a folder")
-    probe = folder / ".probe"
-    try:
-        with atomic_write(probe) as temporary:
-            temporary.write_bytes(b"probe")
-    except FocusNetError as error:
-        raise FocusNetError(str(error).replace(f"cannot write {probe}", f"cannot write into {folder}")) from error
-    probe.unlink(missing_ok=True)
 
 
 def changed_settings(config: Config, stored: Config) -> list[str]:

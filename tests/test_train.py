@@ -21,13 +21,13 @@ from focusnet.config import AugmentConfig, StageConfig
 from focusnet.data.cache import cache_folder
 from focusnet.errors import FocusNetError
 from focusnet.evaluate import OrganScore, summarize
+from focusnet.files import check_writable
 from focusnet.inference import Segmentation
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
 from focusnet.train import (
     STAGES,
     State,
     Trainer,
-    check_writable,
     learning_rate,
     main,
     seconds_left,
@@ -512,3 +512,13 @@ def test_heatmap_loss_leaves_out_missing_organs() -> None:
     assert loss.isfinite() and maps.grad[0, 0].any() and not maps.grad[0, 1].any()
     perfect = gaussian_heatmaps(centers, (9, 11, 11), (2.0, 1.0, 1.0), 2.0).nan_to_num()
     assert heatmap_loss(perfect, crop, (2.0, 1.0, 1.0), 2.0) == 0
+
+
+def test_a_region_larger_than_a_crop_is_warned_of(data, tmp_path, capsys) -> None:
+    config = tiny_config(**{stage: StageConfig(epochs=0) for stage in STAGES[1:]}, steps_per_epoch=1)
+    config.train.snet.epochs = 1
+    config.data.roi_size = (9, 16, 16)
+    start(data, tmp_path / "run", config)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2
+    assert "the ROI of Eye_L, (9, 16, 16) voxels (z, y, x), is larger than train.crop, (8, 16, 16)" in warnings[0]
