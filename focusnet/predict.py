@@ -17,7 +17,7 @@ from .cli import EXIT_ERROR, command_parser, parse, pick_device, run
 from .config import Config
 from .data.images import Volume, read_image, write_labels
 from .data.inputs import find_inputs
-from .data.preprocess import normalize, prepare_image, restore_labels
+from .data.preprocess import BODY_HU, normalize, prepare_image, restore_labels
 from .errors import FocusNetError
 from .files import atomic_folder, check_writable
 from .inference import Segmentation, segment
@@ -79,6 +79,8 @@ def predict_case(model: Model, name: str, source: Path, out: Path, device: torch
     """
     _check_replaceable(out / name)
     image = read_image(source)
+    if not (image.array > BODY_HU).any():
+        print(f"note: {name}: {source} shows nobody: no voxel is above {BODY_HU} HU", file=sys.stderr)
     labels, result, prepared = predict_volume(model, image, device)
     organs = dict(enumerate(model.plan.organ_names, start=1))
     with atomic_folder(out / name) as folder:

@@ -66,6 +66,12 @@ def test_one_mask_per_organ_adds_up_to_the_label_map(checkpoint, tmp_path) -> No
         assert np.array_equal(mask > 0, whole == int(value))
 
 
+def test_a_ct_of_nobody_is_noted(checkpoint, tmp_path, capsys) -> None:
+    write_image(tmp_path / "air.nrrd", Volume(np.full(GRID.shape, -1000, np.int16), GRID))
+    assert run(checkpoint, tmp_path / "air.nrrd", tmp_path / "out") == 0
+    assert "air.nrrd shows nobody" in capsys.readouterr().err
+
+
 def test_a_folder_of_cases(checkpoint, tmp_path) -> None:
     write_data(tmp_path / "data", cases=2)
     run(checkpoint, tmp_path / "data", tmp_path / "out")
