@@ -288,7 +288,7 @@ class Config:
         Raises:
             FocusNetError: a value out of range, or settings that contradict each other; names setting and value.
         """
-        settings = _settings(self)
+        settings = settings_of(self)
         for expected, holds, patterns in _RULES:
             for name, value in settings.items():
                 if any(fnmatchcase(name, pattern) for pattern in patterns.split()) and not holds(value):
@@ -300,17 +300,23 @@ class Config:
                 "model.downsampling"
             )
         # the norms need more than one voxel at the lowest resolution
-        lowest = tuple(2 * math.prod(stride[axis] for stride in strides) for axis in range(3))
+        lowest = tuple(2 * stride for stride in total_stride(strides))
         if any(side < least for side, least in zip(crop, lowest)):
             raise FocusNetError(
                 f"train.crop is {crop}, expected at least {lowest}, twice the total stride of model.downsampling"
             )
 
 
-def _settings(section: Any, prefix: str = "") -> dict[str, Any]:
+def total_stride(strides: list[Triple]) -> Triple:
+    """Voxels per voxel of the lowest resolution."""
+    z, y, x = (math.prod(along) for along in zip((1, 1, 1), *strides, strict=True))
+    return z, y, x
+
+
+def settings_of(section: Any, prefix: str = "") -> dict[str, Any]:
     """Every setting by its name on the command line."""
     found: dict[str, Any] = {}
     for one in dataclasses.fields(section):
         name, value = prefix + one.name, getattr(section, one.name)
-        found |= _settings(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+        found |= settings_of(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
     return found

@@ -1,6 +1,5 @@
 """Whole-volume inference: S-Net and SOL-Net in overlapping windows, SOS-Net around the peaks, one label map."""
 
-import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -11,7 +10,9 @@ from torch import Tensor
 
 from focuskernels import heatmap_argmax_3d, paste_rois_3d
 
-from .config import Triple
+from .checkpoint import Model
+from .config import Triple, total_stride
+from .data.preprocess import normalize
 from .model import FocusNet, SNetOutput
 
 
@@ -30,6 +31,27 @@ class Segmentation:
     confidence: Tensor
     peaks: Tensor
     peak_values: Tensor
+
+
+def segment_hu(model: Model, hu: np.ndarray, device: torch.device) -> Segmentation:
+    """Segment one volume as `model.config` says.
+
+    Args:
+        model: With its network in evaluation mode on `device`.
+        hu: (D, H, W) on the network's grid.
+        device: Where to compute.
+    """
+    config = model.config
+    return segment(
+        model.network,
+        normalize(torch.from_numpy(hu.astype(np.float32)), config.data).to(device),
+        model.small_labels,
+        window=config.train.crop,
+        overlap=config.predict.overlap,
+        min_peak=config.predict.min_peak,
+        largest_component=config.predict.largest_component,
+        parts=model.parts,
+    )
 
 
 @torch.inference_mode()
@@ -92,7 +114,7 @@ class Windows:
 
     def holding(self, boxes: list[Triple]) -> "Windows":
         """Itself; with larger windows where a box would not fit into one."""
-        strides = _total_stride(self.network.snet.strides)
+        strides = total_stride(self.network.snet.strides)
         longest = [max(side) for side in zip(self.size, *boxes, strict=True)]
         d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(longest, strides, self.volume.shape, strict=True))
         return self if (d, h, w) == self.size else Windows(self.network, self.volume, (d, h, w))
@@ -198,16 +220,11 @@ def _pad_to_stride(image: Tensor, window: Triple, strides: list[Triple]) -> tupl
 
     The norms need two voxels at the lowest resolution, so that a smaller volume is padded to twice the stride.
     """
-    total = _total_stride(strides)
+    total = total_stride(strides)
     shape = [max(2, -(-n // t)) * t for n, t in zip(image.shape, total, strict=True)]
     d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(window, total, shape, strict=True))
     padding = [amount for n, m in zip(reversed(image.shape), reversed(shape), strict=True) for amount in (0, m - n)]
     return F.pad(image, padding, value=float(image.min())), (d, h, w)
-
-
-def _total_stride(strides: list[Triple]) -> Triple:
-    z, y, x = (math.prod(along) for along in zip((1, 1, 1), *strides, strict=True))
-    return z, y, x
 
 
 def _starts(shape: tuple[int, ...], size: Triple, overlap: float) -> list[Triple]:

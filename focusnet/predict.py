@@ -17,10 +17,10 @@ from .cli import EXIT_ERROR, command_parser, parse, pick_device, run
 from .config import Config
 from .data.images import Volume, read_image, write_labels
 from .data.inputs import find_inputs
-from .data.preprocess import BODY_HU, normalize, prepare_image, restore_labels
+from .data.preprocess import BODY_HU, prepare_image, restore_labels
 from .errors import FocusNetError
 from .files import atomic_folder, check_writable
-from .inference import Segmentation, segment
+from .inference import Segmentation, segment_hu
 from .qc import draw_qc
 
 _WRITTEN = {"labels.nii.gz", "labels.json", "segmentations", "statistics.json", "qc.png"}
@@ -39,17 +39,7 @@ def predict_volume(model: Model, image: Volume, device: torch.device) -> tuple[n
         The label map (uint8) on the image's own grid, the segmentation on the network's grid, and the CT on that grid.
     """
     prepared = prepare_image(image, model.config.data)
-    intensities = normalize(torch.from_numpy(prepared.array.astype(np.float32)), model.config.data)
-    result = segment(
-        model.network,
-        intensities.to(device),
-        model.small_labels,
-        window=model.config.train.crop,
-        overlap=model.config.predict.overlap,
-        min_peak=model.config.predict.min_peak,
-        largest_component=model.config.predict.largest_component,
-        parts=model.parts,
-    )
+    result = segment_hu(model, prepared.array, device)
     return restore_labels(result.labels.cpu().numpy(), prepared.grid, image.grid), result, prepared
 
 

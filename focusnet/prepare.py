@@ -1,8 +1,6 @@
 """`python -m focusnet.prepare DATA`: check a data set, fill the cache, print the plan."""
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from rich.table import Table
 
 from .cli import EXIT_ERROR, add_config, command_parser, config_of, parse, run
 from .config import DataConfig, Triple
-from .data.cache import DEFAULT_CACHE, CaseReport, OrganSize, cache_folder, prepare_cases, wanted_organs
+from .data.cache import DEFAULT_CACHE, CaseReport, OrganSize, cache_folder, digest_of, prepare_cases, wanted_organs
 from .data.cases import find_cases
 from .data.organs import canonical_name
 from .data.plan import FloatTriple, OrganPlan, Plan
@@ -182,8 +180,7 @@ def _floats(values: np.ndarray) -> FloatTriple:
 
 def _fingerprint(usable: list[CaseReport], names: list[str], config: DataConfig) -> str:
     cases = [(report.record.name, report.record.organs, report.checksums) for report in usable if report.record]
-    content = [dataclasses.asdict(config), names, cases]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    return digest_of([dataclasses.asdict(config), names, cases])
 
 
 def _print_reports(console: Console, reports: list[CaseReport]) -> None:

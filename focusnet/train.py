@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import Model, build_network, load_checkpoint, save_checkpoint
 from .cli import add_config, command_parser, config_of, console, parse, pick_device, run
-from .config import Config, StageConfig, TrainConfig
+from .config import Config, StageConfig, TrainConfig, settings_of
 from .data.cache import DEFAULT_CACHE, cache_folder
 from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
@@ -304,15 +304,8 @@ def check_stages(config: TrainConfig) -> None:
 
 def changed_settings(config: Config, stored: Config) -> list[str]:
     """The settings, named as options, that differ and may not change when a run is resumed."""
-
-    def differing(one: dict[str, Any], other: dict[str, Any], prefix: str) -> Iterator[str]:
-        for name, value in one.items():
-            if isinstance(value, dict):
-                yield from differing(value, other[name], f"{prefix}{name}.")
-            elif value != other[name]:
-                yield prefix + name
-
-    return [name for name in differing(config.to_dict(), stored.to_dict(), "") if name not in RESUMABLE]
+    before = settings_of(stored)
+    return [name for name, value in settings_of(config).items() if value != before[name] and name not in RESUMABLE]
 
 
 def split_cases(plan: Plan, config: Config) -> tuple[list[CaseRecord], list[CaseRecord]]:

@@ -12,9 +12,8 @@ from rich.table import Table
 from .checkpoint import Model
 from .data.crops import label_values, load_case
 from .data.plan import CaseRecord
-from .data.preprocess import normalize
 from .evaluate import OrganScore, Stat, TableRow, evaluate_pair, format_table, summarize
-from .inference import Segmentation, segment
+from .inference import Segmentation, segment_hu
 
 
 @dataclass
@@ -52,17 +51,7 @@ def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.d
     scores: list[OrganScore] = []
     for case in cases:
         hu, labels = load_case(cache, case)
-        intensities = normalize(torch.from_numpy(hu.astype(np.float32)), model.config.data)
-        result = segment(
-            model.network,
-            intensities.to(device),
-            model.small_labels,
-            window=model.config.train.crop,
-            overlap=model.config.predict.overlap,
-            min_peak=model.config.predict.min_peak,
-            largest_component=model.config.predict.largest_component,
-            parts=model.parts,
-        )
+        result = segment_hu(model, hu, device)
         scores += _score(model, case, label_values(case, model.plan)[labels], result)
     rows = summarize(scores, model.plan.small_organs)
     score = Stat.of(row.dsc.mean for row in rows if row.group != "mean").mean

@@ -11,7 +11,7 @@ import torch
 
 from focusnet import prepare, train
 from focusnet.cli import PRESETS, add_config, command_parser, config_of, parse, pick_device, run
-from focusnet.config import _RULES, Config, LossConfig, _settings
+from focusnet.config import _RULES, Config, LossConfig, settings_of
 from focusnet.data.organs import canonical_name
 from focusnet.data.plan import OrganPlan, Plan
 from focusnet.errors import FocusNetError
@@ -165,7 +165,7 @@ def test_a_crop_must_hold_the_total_stride() -> None:
 
 def test_every_numeric_setting_has_a_rule() -> None:
     patterns = [pattern for _, _, patterns in _RULES for pattern in patterns.split()]
-    for name, value in _settings(Config()).items():
+    for name, value in settings_of(Config()).items():
         if not isinstance(value, (bool, str)):
             assert any(fnmatchcase(name, pattern) for pattern in patterns) or name == "data.small_organs", name
 

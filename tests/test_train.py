@@ -332,13 +332,13 @@ def test_an_organ_found_where_nobody_contoured_it_is_spurious_and_enters_no_mean
     assert "Eye_R" in with_eye.organs and "Eye_R" not in without.organs
 
     def find(wanted):
-        def segmented(network, intensities, *arguments, **options):
-            labels = torch.zeros(intensities.shape, dtype=torch.uint8)
+        def segmented(model, hu, device):
+            labels = torch.zeros(hu.shape, dtype=torch.uint8)
             for organ in wanted:
                 labels[1, 1, model.plan.organ_names.index(organ)] = model.plan.organ_names.index(organ) + 1
             return Segmentation(labels, torch.ones(4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2))
 
-        monkeypatch.setattr(validation, "segment", segmented)
+        monkeypatch.setattr(validation, "segment_hu", segmented)
         return validate(model, cache, [with_eye, without], CPU)
 
     absent, spurious = find(["Brainstem", "Eye_L"]), find(["Brainstem", "Eye_L", "Eye_R"])

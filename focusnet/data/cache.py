@@ -81,7 +81,7 @@ def cache_folder(root: Path, data: Path, config: DataConfig) -> Path:
         FocusNetError: the configuration names an unknown organ.
     """
     source = Path(data).resolve()
-    digest = _digest([FORMAT, str(source), _array_settings(config)])
+    digest = digest_of([FORMAT, str(source), _array_settings(config)])
     return Path(root) / f"{source.name}-{'x'.join(f'{side:g}' for side in config.spacing)}mm-{digest[:8]}"
 
 
@@ -324,7 +324,7 @@ def _fingerprint(case: Case, config: DataConfig) -> str:
     files = [part for file in case.files for part in (sorted(file.iterdir()) if file.is_dir() else [file])]
     stamps = [(f"{file.parent.name}/{file.name}", *_stamp(file)) for file in files]
     labels = sorted(case.label_values.items())
-    return _digest([FORMAT, _array_settings(config), stamps, labels, case.problems, case.unknown])
+    return digest_of([FORMAT, _array_settings(config), stamps, labels, case.problems, case.unknown])
 
 
 def _array_settings(config: DataConfig) -> dict[str, Any]:
@@ -332,7 +332,8 @@ def _array_settings(config: DataConfig) -> dict[str, Any]:
     return {**settings, "organs": sorted(wanted_organs(config) or [])}
 
 
-def _digest(content: list[Any]) -> str:
+def digest_of(content: list[Any]) -> str:
+    """Identifies lists, strings and numbers by their content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
