@@ -1,12 +1,12 @@
 """Checkpoints: weights, configuration and plan in one file that loads without executing code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import Config
+from .config import Backend, Config
 from .data.plan import Plan
 from .errors import FocusNetError
 from .files import atomic_write
@@ -69,8 +69,13 @@ def save_checkpoint(path: Path, model: Model, training: dict[str, Any]) -> None:
             raise OSError("its data could not be written whole; is the disk full?") from error
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+def load_checkpoint(path: Path, device: torch.device, backend: Backend | None = None) -> tuple[Model, dict[str, Any]]:
     """Read a checkpoint; only tensors and plain data are unpickled.
+
+    Args:
+        path: What `save_checkpoint` wrote.
+        device: Where the network shall be.
+        backend: In place of `model.backend` of the run.
 
     Raises:
         FocusNetError: `path` is missing, truncated or not a checkpoint of FocusNet.
@@ -85,6 +90,8 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Model, dict[str, 
         raise FocusNetError(f"{path}: not a FocusNet checkpoint of format {FORMAT}")
     try:
         config, plan = Config.from_dict(state["config"]), Plan.from_dict(state["plan"])
+        if backend is not None:
+            config.model = replace(config.model, backend=backend)
         network = build_network(config, plan).to(device)
         network.load_state_dict(state["weights"])
         model = Model(network, config, plan, tuple(state["parts"]))

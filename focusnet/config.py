@@ -14,6 +14,7 @@ from typing import Any, Literal
 from .errors import FocusNetError
 
 Norm = Literal["batch", "instance", "group"]
+Backend = Literal["fused", "reference"]
 Triple = tuple[int, int, int]
 
 
@@ -58,6 +59,8 @@ class ModelConfig:
         norm: Normalisation of every block.
         sos_input: "features" pools decoder and encoder features, image and heat map; "raw" pools the image only.
         sos_width: Channels of the blocks of an SOS branch.
+        backend: "fused" computes the layers with focuskernels, "reference" with stock PyTorch, to check the former; the
+            weights are the same.
     """
 
     widths: list[list[int]] = field(default_factory=lambda: [[32], [48, 64]])
@@ -71,6 +74,7 @@ class ModelConfig:
     norm: Norm = "batch"
     sos_input: Literal["features", "raw"] = "features"
     sos_width: int = 32
+    backend: Backend = "fused"
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """FocusNet (Gao et al., MICCAI 2019): S-Net segments all organs, SOL-Net finds small ones, SOS-Net segments those."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from focuskernels import heatmap_argmax_3d, roi_gather_each_3d
 from focuskernels.nn import DenseASPP3d, NormAct3d, SEResBlock3d
+from focuskernels.reference.nn import to_reference
 
 from .config import ModelConfig, Triple
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class SNetOutput(NamedTuple):
@@ -76,22 +79,26 @@ class SNet(nn.Module):
 def _block(
     config: ModelConfig, channels: int, out: int, kernel_size: int | Triple = 3, dilation: int | Triple = 1
 ) -> SEResBlock3d:
-    return SEResBlock3d(channels, out, kernel_size, dilation, reduction=config.se_reduction, norm=config.norm)
+    block = SEResBlock3d(channels, out, kernel_size, dilation, reduction=config.se_reduction, norm=config.norm)
+    return _by_backend(config, block)
+
+
+def _by_backend(config: ModelConfig, layer: Layer) -> Layer:
+    return to_reference(layer) if config.backend == "reference" else layer
 
 
 def _context(config: ModelConfig, width: int) -> tuple[nn.Sequential, int]:
     """In-plane dilated blocks and DenseASPP, and the channels that come out."""
     layers: list[nn.Module] = [_block(config, width, width, dilation=(1, 2, 2)) for _ in range(config.dilated_blocks)]
     if config.aspp_dilations:
-        layers.append(
-            DenseASPP3d(
-                width,
-                growth=config.aspp_growth,
-                bottleneck=config.aspp_bottleneck,
-                dilations=config.aspp_dilations,
-                norm=config.norm,
-            )
+        aspp = DenseASPP3d(
+            width,
+            growth=config.aspp_growth,
+            bottleneck=config.aspp_bottleneck,
+            dilations=config.aspp_dilations,
+            norm=config.norm,
         )
+        layers.append(_by_backend(config, aspp))
         width += config.aspp_growth * len(config.aspp_dilations)
     return nn.Sequential(*layers), width
 
@@ -103,7 +110,7 @@ class SOLNet(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(_block(config, channels, channels), _block(config, channels, channels))
         # the blocks end in a sum of any scale, which would saturate the sigmoid at once
-        self.norm = NormAct3d(channels, config.norm)
+        self.norm = _by_backend(config, NormAct3d(channels, config.norm))
         self.head = nn.Conv3d(channels, organs, 1)
         assert self.head.bias is not None
         # sigmoid(-6) is about a Gaussian's share of a crop, so that peaks pull as hard as the background; from a higher

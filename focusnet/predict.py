@@ -14,7 +14,7 @@ from rich.progress import track
 
 from .checkpoint import Model, load_checkpoint
 from .cli import EXIT_ERROR, command_parser, parse, pick_device, run
-from .config import Config
+from .config import Backend, Config
 from .data.images import Volume, read_image, write_labels
 from .data.inputs import find_inputs
 from .data.preprocess import BODY_HU, prepare_image, restore_labels
@@ -112,7 +112,8 @@ def _with_options(config: Config, chosen: dict[str, Any]) -> Config:
 def _describe(model: Model, checkpoint: Path, device: torch.device) -> str:
     parts = ", ".join(_PARTS[part] for part in model.parts)
     settings = ", ".join(f"{name} {value}" for name, value in vars(model.config.predict).items())
-    return f"{checkpoint}: {parts}{' alone' if len(model.parts) == 1 else ''}; {settings}; device {device}"
+    backend = f"backend {model.config.model.backend}"
+    return f"{checkpoint}: {parts}{' alone' if len(model.parts) == 1 else ''}; {settings}; {backend}; device {device}"
 
 
 def _reason(error: Exception) -> str:
@@ -146,9 +147,14 @@ def main(argv: list[str] | None = None) -> int:
         ("largest_component", bool, "keep the largest connected part alone of what S-Net segments"),
     ):
         parser.add_argument(f"--{name}", f"--predict.{name}", type=kind | None, help=f"{text} (default: checkpoint's)")
+    parser.add_argument(
+        "--backend",
+        type=Backend | None,
+        help="layers by focuskernels (fused) or by stock PyTorch (reference) (default: checkpoint's)",
+    )
     arguments = parse(parser, argv)
     device, console = pick_device(arguments.device), Console(stderr=True)
-    model, _ = load_checkpoint(arguments.checkpoint, device)
+    model, _ = load_checkpoint(arguments.checkpoint, device, arguments.backend)
     options = {field.name: arguments[field.name] for field in dataclasses.fields(model.config.predict)}
     model = dataclasses.replace(model, config=_with_options(model.config, options))
     model.network.eval()

@@ -42,7 +42,7 @@ AVAILABLE = {
     "sos": ("snet", "sol", "sos"),
     "joint": ("snet", "sol", "sos"),
 }
-RESUMABLE = ("train.workers", *(f"train.{stage}.lr" for stage in STAGES))
+RESUMABLE = ("train.workers", "model.backend", *(f"train.{stage}.lr" for stage in STAGES))
 
 
 @dataclass
@@ -449,7 +449,7 @@ def start_training(
 
 
 def _load_run(last: Path, config: Config, device: torch.device) -> tuple[Model, dict[str, Any]]:
-    model, training = load_checkpoint(last, device)
+    model, training = load_checkpoint(last, device, config.model.backend)
     changed = changed_settings(config, model.config)
     if changed:
         raise FocusNetError(

@@ -17,6 +17,7 @@ from focuskernels.nn import (
     SEResBlock3d,
     SEResidual3d,
 )
+from focuskernels.reference.nn import to_reference
 
 
 class PlainNorm(nn.BatchNorm3d):
@@ -257,3 +258,22 @@ def test_bad_arguments() -> None:
     ]:
         with pytest.raises(error, match=match):
             build()
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", None])
+@pytest.mark.parametrize("norm", ["batch", "instance", "group"])
+def test_reference_has_the_same_state_values_and_gradients(norm: str, activation: str | None) -> None:
+    def build() -> nn.Module:
+        last = NormAct3d(17, norm, activation=activation, eps=1e-3, momentum=0.3)
+        return nn.Sequential(SEResBlock3d(2, 8, norm=norm), DenseASPP3d(8, 3, 4, [(1, 2, 2), 2, 1], norm=norm), last)
+
+    assert_same_module(build(), to_reference(build()), torch.randn(2, 2, 3, 4, 5))
+
+
+def test_reference_has_no_layer_of_ours() -> None:
+    network = to_reference(nn.Sequential(SEResBlock3d(2, 8), DenseASPP3d(8, 3, 4, [1])))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        network(torch.randn(1, 2, 3, 4, 5)).sum().backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::batch_norm" in names and not any(name.startswith("focuskernels") for name in names)
+    assert to_reference(network) is network

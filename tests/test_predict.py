@@ -55,6 +55,16 @@ def test_the_mask_lies_on_exactly_the_inputs_grid(checkpoint, tmp_path, grid) ->
     assert "heatmap_peak" in stats["Eye_L"] and "heatmap_peak" not in stats["Brainstem"]
 
 
+def test_stock_pytorch_segments_alike(checkpoint, tmp_path) -> None:
+    write_case(tmp_path / "case", 5)
+    image, statistics = tmp_path / "case" / "img.nrrd", []
+    for backend in ("fused", "reference"):
+        assert run(checkpoint, image, tmp_path / backend, "--backend", backend) == 0
+        statistics.append(json.loads((tmp_path / backend / "img" / "statistics.json").read_text()))
+    for fused, reference in zip(statistics[0].values(), statistics[1].values(), strict=True):
+        assert fused["confidence"] == pytest.approx(reference["confidence"], abs=1e-4)  # stored with four digits
+
+
 def test_one_mask_per_organ_adds_up_to_the_label_map(checkpoint, tmp_path) -> None:
     write_case(tmp_path / "case", 5)
     run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "one")

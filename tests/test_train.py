@@ -273,6 +273,8 @@ def test_resume_takes_options_that_agree_or_may_change(data, begun, tmp_path, ca
         "1e-5",
         "--train.workers",
         "1",
+        "--model.backend",
+        "reference",
     ]
     assert resume_by_command(data, out, *options) == 0
     model, training = load_checkpoint(out / "last.pt", CPU)
@@ -281,6 +283,7 @@ def test_resume_takes_options_that_agree_or_may_change(data, begun, tmp_path, ca
         0.25 * 1e-5
     )  # the second third of the "step" schedule
     assert (model.config.train.workers, model.config.train.snet.lr) == (1, 1e-5)
+    assert model.config.model.backend == "reference"
     assert "done" in capsys.readouterr().out
     whole = (out / "last.pt").read_bytes()
     assert resume_by_command(tmp_path / "anywhere", out) == 0

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from focuskernels.nn import DenseASPP3d
+from focuskernels.reference.nn import to_reference
 
 from ..case import Case, Cost, Function, Inputs, Op, compiled, cost_by_mode, dtype_name, eager, memory_format, ours
 from ..networks import Parameters, functional, parameters_of
-from ..plain import make_plain
 
 Triple = tuple[int, int, int]
 GROWTH, BOTTLENECK, DILATIONS = 32, 64, ((1, 3, 3), (1, 6, 6), (1, 12, 12), (1, 18, 18))
@@ -42,12 +42,12 @@ def _case(channels: int, volume: Triple, growth: int, bottleneck: int, dtype: to
         return {"x": x.requires_grad_(), "parameters": parameters_of(build, generator)}
 
     amp = None if dtype == torch.float32 else dtype
-    plain = _function(make_plain(build()), amp)
+    plain = _function(to_reference(build()), amp)
     return Case(
         name=f"{channels} channels, {'x'.join(map(str, volume))} {dtype_name(dtype)}",
         make=make,
         cost=cost_by_mode(*_costs(channels, math.prod(volume), growth, bottleneck, dtype.itemsize)),
-        oracle=_function(make_plain(build()), None),
+        oracle=_function(to_reference(build()), None),
         providers=[ours(_function(build(), amp)), eager(plain), compiled(plain)],
         shape={"channels": channels, "volume": volume, "voxels": math.prod(volume)},
         dtype=dtype,

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from focuskernels import norm_act
+from focuskernels.reference import nn as plain
 
-from .. import plain
 from ..case import Case, Cost, Inputs, Op, compiled, cost_by_mode, dtype_name, eager, ours, random, size_of
 
 

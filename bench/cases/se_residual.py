@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuskernels import norm_act, norm_se_residual, se_residual
+from focuskernels.reference import nn as plain
 
-from .. import plain
 from ..case import (
     Case,
     Cost,

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from focuskernels import focal_dice_loss
+from focuskernels.reference.nn import to_reference
 from focusnet.config import ModelConfig
 from focusnet.model import SNet
 
 from ..case import Case, Cost, Function, Inputs, Op, compiled, cost_by_mode, eager, memory_format, ours, random
 from ..networks import Parameters, checkpointed, count_flops, functional, parameters_of
-from ..plain import make_plain
 from .focal_dice_loss import plain as plain_loss
 
 Triple = tuple[int, int, int]
@@ -60,14 +60,14 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
 
         return make
 
-    plain = _function(make_plain(build()), plain_loss, amp)
+    plain = _function(to_reference(build()), plain_loss, amp)
     weights = 4 * sum(p.numel() for p in build().parameters())
-    read, flops = 12 * math.prod(volume) + weights, count_flops(make_plain(build()), 1, 1, *volume)
+    read, flops = 12 * math.prod(volume) + weights, count_flops(to_reference(build()), 1, 1, *volume)
     return Case(
         name=f"{'x'.join(map(str, volume))} {'autocast to bfloat16' if amp else 'float32'}",
         make=maker(volume),
         cost=cost_by_mode(Cost(read, flops), Cost(read + weights, 2 * flops)),
-        oracle=_function(make_plain(build()), plain_loss, None),
+        oracle=_function(to_reference(build()), plain_loss, None),
         providers=[
             ours(_function(build(), _our_loss, amp)),
             eager(plain),

@@ -1,15 +1,17 @@
-"""The project's modules computed by stock PyTorch, with the same parameters: the eager baseline of networks.
+"""The layers of `focuskernels.nn` in stock PyTorch, differentiated by autograd: a second definition of them.
 
-The baseline takes what an experienced user would write: in-place activations, no copies.
+They do as an experienced user would: activations in place, no copies. `to_reference` swaps the layers of a network for
+them; parameters, buffers and their names stay, so that weights move both ways.
 """
 
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focuskernels.nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, SEResidual3d
+from ..nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, SEResidual3d
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -19,7 +21,24 @@ class PlainNormAct(NormAct3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `NormAct3d`."""
-        return norm_act(x, self.weight, self.bias, self.norm, self.num_groups, self.activation, self.negative_slope)
+        if self.sync and self.training and dist.is_available() and dist.is_initialized():
+            raise ValueError("sync=True: the reference of NormAct3d takes statistics over one process alone")
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return norm_act(
+            x,
+            self.weight,
+            self.bias,
+            self.norm,
+            self.num_groups,
+            self.activation,
+            self.negative_slope,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
 
 
 class PlainConv(DilatedConv3d):
@@ -57,7 +76,7 @@ class PlainDenseASPP(DenseASPP3d):
         return x
 
 
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     NormAct3d: PlainNormAct,
     DilatedConv3d: PlainConv,
     SEResidual3d: PlainSEResidual,
@@ -66,11 +85,14 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def make_plain(network: Module) -> Module:
-    """Turn every module of ours in `network` into its stock form, in place; parameters and their names stay."""
+def to_reference(network: Module) -> Module:
+    """Turn every layer of `focuskernels.nn` in `network` into stock PyTorch, in place; returns it.
+
+    Parameters, buffers, their names and values stay. Statistics over several processes (`sync`) are refused.
+    """
     for module in network.modules():
         # A plain module differs from ours by its methods alone, and has the same attributes.
-        module.__class__ = PLAIN.get(type(module), type(module))
+        module.__class__ = _PLAIN.get(type(module), type(module))
     return network
 
 
@@ -82,14 +104,20 @@ def norm_act(
     num_groups: int | None = None,
     activation: str | None = "relu",
     negative_slope: float = 0.01,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """Normalisation with the statistics of `x`, then the activation in place."""
+    """`focuskernels.norm_act` by the stock norm, then the activation in place."""
     if norm == "batch":
-        y = F.batch_norm(x, None, None, weight, bias, training=True)
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     elif norm == "instance":
-        y = F.instance_norm(x, weight=weight, bias=bias)
+        y = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     else:
-        y = F.group_norm(x, num_groups or 1, weight, bias)
+        y = F.group_norm(x, num_groups or 1, weight, bias, eps)
     if activation == "relu":
         return F.relu(y, inplace=True)
     return F.leaky_relu(y, negative_slope, inplace=True) if activation == "leaky_relu" else y
