@@ -87,6 +87,21 @@ def sos_loss(
     peaks = heatmap_argmax_3d(heatmaps.detach()).index[samples, organs]
     found = _roi_centers(peaks, crop.centers[samples, organs].round().long(), torch.tensor(sizes, device=peaks.device))
     centers = torch.cat([samples[:, None], found], dim=1)
+    return rois_loss(network, crop, snet, heatmaps, owners, centers, plan, config)
+
+
+def rois_loss(
+    network: FocusNet,
+    crop: Crop,
+    snet: SNetOutput,
+    heatmaps: Tensor,
+    owners: Sequence[int],
+    centers: Tensor,
+    plan: Plan,
+    config: LossConfig,
+) -> Tensor:
+    """Mean binary focal plus dice loss of ROI k around `centers[k]` = (sample, z, y, x), of small organ `owners[k]`."""
+    sizes = [network.roi_sizes[organ] for organ in owners]
     logits = network.segment_rois(owners, crop.image, snet, heatmaps, centers)
     labels = roi_gather_each_3d([crop.labels.unsqueeze(1).float()], centers, sizes)
     values = [plan.organ_names.index(plan.small_organs[organ]) + 1 for organ in owners]

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ from .errors import FocusNetError
 from .evaluate import print_table
 from .files import atomic_write, check_writable
 from .losses import focal_alpha, heatmap_loss, segmentation_loss, sos_loss
+from .model import FocusNet
 from .prepare import prepare
 from .validation import Validation, validate
 
@@ -142,15 +143,9 @@ class Trainer:
                 self._epoch(stage, settings)
 
     def _start_stage(self, stage: str) -> None:
-        """Set gradients, norm statistics and the optimizer for the trained parts alone."""
+        """Set what is trained, and its optimizer."""
         settings: StageConfig = getattr(self.config, stage)
-        parameters: list[nn.Parameter] = []
-        for name in ("snet", "sol", "sos"):
-            part = getattr(self.model.network, name)
-            if part is not None:
-                part.requires_grad_(name in TRAINED[stage])
-                parameters += [p for p in part.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(parameters, settings)
+        self.optimizer = make_optimizer(set_trained(self.model.network, stage), settings)
         self.model.parts = AVAILABLE[stage]
 
     def _epoch(self, stage: str, settings: StageConfig) -> None:
@@ -177,9 +172,7 @@ class Trainer:
 
     def _train_epoch(self, stage: str, epoch: int, settings: StageConfig) -> float | None:
         """The mean loss; None if no crop had one."""
-        self.model.network.eval()
-        for name in TRAINED[stage]:
-            getattr(self.model.network, name).train()
+        set_trained(self.model.network, stage)  # validation has put all in evaluation mode
         losses: list[float] = []
         with _progress(self.console) as progress:
             task = progress.add_task(f"{stage} {epoch + 1}/{settings.epochs}", total=self.steps, loss="")
@@ -193,7 +186,7 @@ class Trainer:
         """One step of the optimizer; returns the loss, or None if the batch has none."""
         assert self.optimizer is not None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            loss = self._loss(stage, crop)
+            loss = stage_loss(self.model, stage, crop, self.alpha)
         if loss is None:
             return None
         value = loss.item()
@@ -207,23 +200,6 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
         return value
-
-    def _loss(self, stage: str, crop: Crop) -> Tensor | None:
-        network, plan, config = self.model.network, self.model.plan, self.model.config.loss
-        with torch.set_grad_enabled("snet" in TRAINED[stage]):
-            snet = network.snet(crop.image)
-        if stage == "snet":
-            return segmentation_loss(snet.logits, crop, self.alpha, config)
-        with torch.set_grad_enabled("sol" in TRAINED[stage]):
-            heatmaps = network.locate(snet)
-        if stage == "sos":
-            return sos_loss(network, crop, snet, heatmaps, plan, config)
-        located = heatmap_loss(heatmaps, crop, plan.spacing, config.heatmap_sigma_mm)
-        if stage == "sol":
-            return located
-        loss = segmentation_loss(snet.logits, crop, self.alpha, config) + config.heatmap_weight * located
-        small = sos_loss(network, crop, snet, heatmaps, plan, config)
-        return loss if small is None else loss + config.sos_weight * small
 
     def _batches(self, stage: str, epoch: int) -> Iterator[Crop]:
         """The crops of one epoch, on the device."""
@@ -352,7 +328,45 @@ def seconds_left(state: State, epochs: dict[str, int]) -> float:
     return (ahead - state.epoch) * statistics.fmean(spent)
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: StageConfig) -> torch.optim.Optimizer:
+def stage_loss(
+    model: Model,
+    stage: str,
+    crop: Crop,
+    alpha: Tensor,
+    loss_of_small: Callable[..., Tensor | None] = sos_loss,
+) -> Tensor | None:
+    """The loss of a stage on a batch of crops; None if the batch has none. `loss_of_small` is called as `sos_loss`."""
+    network, plan, config = model.network, model.plan, model.config.loss
+    with torch.set_grad_enabled("snet" in TRAINED[stage]):
+        snet = network.snet(crop.image)
+    if stage == "snet":
+        return segmentation_loss(snet.logits, crop, alpha, config)
+    with torch.set_grad_enabled("sol" in TRAINED[stage]):
+        heatmaps = network.locate(snet)
+    if stage == "sos":
+        return loss_of_small(network, crop, snet, heatmaps, plan, config)
+    located = heatmap_loss(heatmaps, crop, plan.spacing, config.heatmap_sigma_mm)
+    if stage == "sol":
+        return located
+    loss = segmentation_loss(snet.logits, crop, alpha, config) + config.heatmap_weight * located
+    small = loss_of_small(network, crop, snet, heatmaps, plan, config)
+    return loss if small is None else loss + config.sos_weight * small
+
+
+def set_trained(network: FocusNet, stage: str) -> list[nn.Parameter]:
+    """Let a stage's parts alone have gradients and move their norm statistics; returns their parameters."""
+    network.eval()
+    parameters: list[nn.Parameter] = []
+    for name in ("snet", "sol", "sos"):
+        part = getattr(network, name)
+        if part is not None:
+            part.requires_grad_(name in TRAINED[stage]).train(name in TRAINED[stage])
+            parameters += [p for p in part.parameters() if p.requires_grad]
+    return parameters
+
+
+def make_optimizer(parameters: list[nn.Parameter], settings: StageConfig) -> torch.optim.Optimizer:
+    """The optimizer of a stage."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
     return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
