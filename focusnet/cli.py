@@ -51,7 +51,7 @@ class _ConfigFile(ActionConfigFile):
 def _top_level_keys(file: Path) -> list[str]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FocusNetError(f"--config {file} is no YAML: {' '.join(str(error).split())}") from error
     return [str(key) for key in content] if isinstance(content, dict) else []
 
@@ -101,7 +101,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     arguments = _with_preset_files(_with_underscores(sys.argv[1:] if argv is None else argv))
     try:
         return parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, RecursionError) as error:
         raise FocusNetError(" ".join(str(error).split())) from error
 
 

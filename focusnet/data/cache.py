@@ -2,8 +2,8 @@
 
 A cache has one folder per data set and set of settings (`cache_folder`). In it lie
 `cases/<name>.image.npy` (int16 HU), `<name>.labels.npy` (uint8, `n` is the n-th of the record's organs) and
-`<name>.json`. The record is written last and holds the arrays' checksums, so that an interrupted, changed or
-damaged case is noticed and prepared again. What is stored of a case depends on that case and these settings
+`<name>.json`. The record is written last and holds the arrays' checksums and its own, so that an interrupted,
+changed or damaged case is noticed and prepared again. What is stored of a case depends on that case and these settings
 alone, so that runs with other plans share it.
 """
 
@@ -184,7 +184,11 @@ def _build(job: Job) -> CaseReport:
         report.problems.append("it has none of the organs' masks" if painted is None else "all its masks are empty")
     if report.problems or image is None or painted is None:
         return report
-    prepared = prepare_image(image, config)
+    try:
+        prepared = prepare_image(image, config)
+    except FocusNetError as error:
+        report.problems.append(f"{case.image}: {error}")
+        return report
     if min(prepared.array.shape) < MIN_VOXELS:
         size, spacing = _times(prepared.array.shape), _times(config.spacing)
         report.problems.append(f"its body is only {size} voxels at {spacing} mm, expected {MIN_VOXELS} or more")
@@ -364,14 +368,17 @@ def _record_path(cache: Path, name: str) -> Path:
 
 def _save_record(cache: Path, report: CaseReport) -> None:
     with atomic_write(_record_path(cache, report.name)) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(report), allow_nan=False), encoding="utf-8")
+        content = dataclasses.asdict(report)
+        content["digest"] = digest_of([content])
+        temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
 
 
 def _load(cache: Path, name: str, fingerprint: str) -> CaseReport | None:
     """The report of a cached case; None if it is absent, outdated or damaged."""
     try:
         content: dict[str, Any] = json.loads(_record_path(cache, name).read_text(encoding="utf-8"))
-        if content["fingerprint"] != fingerprint:
+        digest = content.pop("digest")
+        if content["fingerprint"] != fingerprint or digest != digest_of([content]):
             return None
         record = case_record(content["record"]) if content["record"] else None
         if content["checksums"] != [_checksum(path) for path in (array_paths(cache, name) if record else ())]:
@@ -381,5 +388,5 @@ def _load(cache: Path, name: str, fingerprint: str) -> CaseReport | None:
             for organ, size in content["sizes"].items()
         }
         return CaseReport(name, fingerprint, [], content["notes"], sizes, record, content["checksums"])
-    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None

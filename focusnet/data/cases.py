@@ -11,6 +11,7 @@ Layouts (every `.nrrd` may also be `.nii.gz`, `.nii` or `.mha`; the image may be
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from .images import SUFFIXES, Grid, read_grid, read_labels
 from .organs import canonical_name
 
 _IMAGE_STEMS = ("img", "image", "ct")
+_LABEL = re.compile("[0-9]{1,5}")
 MASK_FOLDERS = ("structures", "segmentations")
 
 
@@ -236,7 +238,7 @@ def _read_json(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FocusNetError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FocusNetError(f"cannot read {path}: it is no JSON ({error})") from error
 
 
@@ -248,8 +250,9 @@ def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str,
     values, unknown = {}, []
     for key, entry in table.items():
         value, organ = (entry, key) if isinstance(entry, int) else (key, entry)
-        if not str(value).isdigit() or not isinstance(organ, str):
-            raise FocusNetError(f"{path} has the label {key!r}: {entry!r}, expected a value and an organ")
+        if not _LABEL.fullmatch(str(value)) or not isinstance(organ, str):
+            label = f"{key!r}: {entry!r}"
+            raise FocusNetError(f"{path} has the label {label[:100]}, expected a value and an organ")
         if int(value) == 0:
             continue
         try:

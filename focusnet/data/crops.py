@@ -92,9 +92,27 @@ class CropDataset(Dataset[Crop]):
 
 
 def load_case(cache: Path, case: CaseRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Memory-mapped HU (int16) and stored labels (uint8) of a prepared case, both (D, H, W)."""
-    image, labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in array_paths(cache, case.name))
-    return image, labels
+    """Memory-mapped HU (int16) and stored labels (uint8) of a prepared case, both (D, H, W).
+
+    Raises:
+        FocusNetError: they were deleted, damaged or replaced since the case was prepared.
+    """
+    image_path, labels_path = array_paths(cache, case.name)
+    return _array(image_path, np.dtype(np.int16), case), _array(labels_path, np.dtype(np.uint8), case)
+
+
+def _array(path: Path, dtype: np.dtype, case: CaseRecord) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds for a damaged header
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
+        raise FocusNetError(f"case {case.name}: cannot read {path}: {cause}; prepare the data again") from error
+    if array.shape != case.shape or array.dtype != dtype:
+        raise FocusNetError(
+            f"case {case.name}: {path} has {array.dtype} {array.shape}, expected {dtype} {case.shape}; "
+            "prepare the data again"
+        )
+    return array
 
 
 def label_values(case: CaseRecord, plan: Plan) -> np.ndarray:

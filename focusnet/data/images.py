@@ -4,29 +4,28 @@ Arrays and the shape and spacing of a grid are ordered (z, y, x); origin and dir
 z), LPS, in mm.
 """
 
-import gzip
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import FocusNetError
 from ..files import atomic_write
+from .headers import check_header, check_stated_size
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 WRITE_SUFFIXES = (".nii.gz", ".nrrd", ".mha")
-_MHA_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4,
-              "LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}  # fmt: skip
 _CT_STORAGE = b"1.2.840.10008.5.1.4.1.1.2\0"  # class of a CT slice, in the head of its file
 _INT16 = np.iinfo(np.int16)
+_SPACING_MM = (1e-3, 1e3)
+_FAR_MM = 1e6
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,15 @@ def read_grid(path: Path) -> Grid:
     Raises:
         FocusNetError: as `read_image`.
     """
-    import SimpleITK as sitk
-
     path = Path(path)
     if path.is_dir():
         return read_image(path).grid
     _check_name(path)
     with _quiet(), _explained(path):
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-        size, spacing = reader.GetSize(), reader.GetSpacing()
-        dimension = reader.GetDimension()
-        if dimension != 3:
+        reader = _header(path, check_header(path, voxels=False))
+        if reader.GetDimension() != 3:
             return read_image(path).grid
-        return _checked_grid(size, spacing, reader.GetOrigin(), reader.GetDirection(), path)
+        return _checked_grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection(), path)
 
 
 def write_labels(path: Path, array: np.ndarray, grid: Grid) -> None:
@@ -292,13 +285,17 @@ def _grid_of(image: "sitk.Image", path: Path) -> Grid:
 
 
 def _checked_grid(size: Any, spacing: Any, origin: Any, direction: Any, path: Path) -> Grid:
+    low, high = _SPACING_MM
     geometry = np.array([*spacing, *origin, *direction])
-    if not np.isfinite(geometry).all() or min(spacing) <= 0:
+    plausible = all(low <= side <= high for side in spacing) and all(abs(value) <= _FAR_MM for value in origin)
+    if not np.isfinite(geometry).all() or not plausible:
         raise FocusNetError(
-            f"{path} has spacing {_short(spacing)} and origin {_short(origin)}, expected finite lengths in mm"
+            f"{path} has spacing {_short(spacing)} and origin {_short(origin)}, expected voxels of {low:g} to {high:g} "
+            f"mm within {_FAR_MM:g} mm of the zero point"
         )
-    determinant = np.linalg.det(np.reshape(direction, (3, 3)))
-    if abs(abs(determinant) - 1) > 1e-2:
+    columns = np.reshape(direction, (3, 3))
+    determinant = np.linalg.det(columns)
+    if abs(abs(determinant) - 1) > 1e-2 or np.abs(np.linalg.norm(columns, axis=0) - 1).max() > 1e-2:
         raise FocusNetError(f"{path} has a direction matrix of determinant {determinant:.3g}, expected a rotation")
     return Grid(_triple(size[::-1]), _triple(spacing[::-1]), _triple(origin), tuple(direction))
 
@@ -342,7 +339,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_name(path: Path) -> None:
-    if not path.exists():
+    if not path.is_file():  # nor a pipe or device, which never ends
         raise FocusNetError(f"cannot read {path}: no such file")
     if not path.name.lower().endswith(SUFFIXES):
         hint = "; give the folder of a DICOM series, not a slice" if path.suffix.lower() in ("", ".dcm", ".ima") else ""
@@ -351,12 +348,20 @@ def _check_name(path: Path) -> None:
         raise FocusNetError(f"cannot read {path}: the file is empty")
 
 
-def _read_file(path: Path) -> "sitk.Image":
+def _header(path: Path, held: int) -> "sitk.ImageFileReader":
+    """A reader that has read the header, which states no more than the `held` bytes of its voxels' file can hold."""
     import SimpleITK as sitk
 
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    check_stated_size(reader, path, held)
+    return reader
+
+
+def _read_file(path: Path) -> "sitk.Image":
     _check_name(path)
-    _check_complete(path)
-    image = sitk.ReadImage(str(path))
+    image = _header(path, check_header(path)).Execute()
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     channels = image.GetNumberOfComponentsPerPixel()
@@ -364,65 +369,6 @@ def _read_file(path: Path) -> "sitk.Image":
         shape = "x".join(map(str, image.GetSize()))
         raise FocusNetError(f"{path} is {image.GetDimension()}D ({shape}) with {channels} channels, expected 3D with 1")
     return image
-
-
-def _check_complete(path: Path) -> None:
-    """Catch truncated files where ITK reads zeros instead (NIfTI) or prints to stderr (MetaImage)."""
-    name = path.name.lower()
-    if name.endswith(".nii.gz"):
-        try:
-            with gzip.open(path) as file:
-                _check_nifti(path, cast(BinaryIO, file))
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise FocusNetError(f"cannot read {path}: the compressed data is truncated or damaged") from error
-    elif name.endswith(".nii"):
-        with path.open("rb") as file:
-            _check_nifti(path, file)
-    elif name.endswith(".mha"):
-        with path.open("rb") as file:
-            _check_mha(path, file)
-
-
-def _check_nifti(path: Path, file: BinaryIO) -> None:
-    header = file.read(348)
-    order = "<" if header[:4] == b"\x5c\x01\0\0" else ">"
-    if len(header) < 348 or int.from_bytes(header[:4], "little" if order == "<" else "big") != 348:
-        if header[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c"):  # NIfTI-2, which ITK reads by itself
-            return
-        raise FocusNetError(f"cannot read {path}: its NIfTI header is truncated or damaged")
-    dims = np.frombuffer(header, f"{order}i2", 8, 40).astype(np.int64)
-    bits = int(np.frombuffer(header, f"{order}i2", 1, 72)[0])
-    offset = int(np.frombuffer(header, f"{order}f4", 1, 108)[0])
-    expected = max(offset, 348) + int(np.prod(np.maximum(dims[1 : 1 + max(dims[0], 0)], 1))) * bits // 8
-    found = len(header)
-    while chunk := file.read(1 << 20):  # to the end, so that gzip's checksum is verified too
-        found += len(chunk)
-    if found < expected:
-        raise FocusNetError(f"cannot read {path}: truncated, {found} bytes of {expected}")
-
-
-def _check_mha(path: Path, file: BinaryIO) -> None:
-    fields: dict[str, str] = {}
-    while "ElementDataFile" not in fields:
-        line = file.readline(4096)
-        if b"=" not in line:
-            raise FocusNetError(f"cannot read {path}: its MetaImage header is truncated or damaged")
-        name, _, value = line.decode("latin-1").partition("=")
-        fields[name.strip()] = value.strip()
-    if fields["ElementDataFile"] != "LOCAL":
-        return
-    try:
-        voxels = int(np.prod([int(n) for n in fields["DimSize"].split()])) * int(
-            fields.get("ElementNumberOfChannels", 1)
-        )
-        size = _MHA_BYTES[fields["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
-        compressed = fields.get("CompressedData", "False") == "True"
-        expected = int(fields.get("CompressedDataSize", 0)) if compressed else voxels * size
-    except (KeyError, ValueError) as error:
-        raise FocusNetError(f"cannot read {path}: its MetaImage header is damaged near {error}") from error
-    found = path.stat().st_size - file.tell()
-    if found < expected:
-        raise FocusNetError(f"cannot read {path}: truncated, {found} bytes of voxels, expected {expected}")
 
 
 def _read_series(folder: Path) -> "sitk.Image":
@@ -472,11 +418,7 @@ def _is_ct_slice(path: Path) -> bool:
 
 
 def _dicom_tags(file: str) -> dict[str, str]:
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    reader.ReadImageInformation()
+    reader = _header(Path(file), Path(file).stat().st_size)
     return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
 
 

@@ -96,6 +96,9 @@ ORGANS: dict[str, Organ] = {
 }
 
 
+_LONGEST = 100  # far beyond any organ's name
+
+
 def _key(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
@@ -109,12 +112,12 @@ def canonical_name(name: str) -> str:
     Raises:
         FocusNetError: the organ is unknown; names the closest known ones.
     """
-    key = _key(name)
-    if key in _BY_KEY:
+    key = _key(name[:_LONGEST])
+    if len(name) <= _LONGEST and key in _BY_KEY:
         return _BY_KEY[key]
     close = list(dict.fromkeys(_BY_KEY[match] for match in difflib.get_close_matches(key, _BY_KEY, n=6)))[:3]
     hint = f"closest: {', '.join(close)}" if close else "see `focusnet.data.organs.ORGANS`"
-    raise FocusNetError(f"unknown organ name {name!r} ({hint})")
+    raise FocusNetError(f"unknown organ name {name[:_LONGEST]!r} ({hint})")
 
 
 def mirror_name(name: str) -> str:

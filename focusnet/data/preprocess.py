@@ -5,12 +5,14 @@ far as the scan's own direction allows), so that left and right organs look the 
 stores its voxels.
 """
 
+import math
 from itertools import permutations
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
 from ..config import DataConfig
+from ..errors import FocusNetError
 from .images import Grid, Volume, cropped_grid, resample, resampled_grid
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ Array = TypeVar("Array", "np.ndarray", "Tensor")
 BODY_HU = -300
 _COARSE_MM = 4.0
 _SIZABLE = 0.01
+_MOST_GROWTH = 1000
 
 
 def body_box(volume: Volume, margin_mm: float = 10.0) -> Box:
@@ -90,6 +93,9 @@ def prepare_image(volume: Volume, config: DataConfig) -> Volume:
 
     Returns:
         int16 HU; its grid is the prepared grid, along the patient's axes.
+
+    Raises:
+        FocusNetError: `volume` would grow more than 1000-fold, so that its spacing or `config.spacing` must be wrong.
     """
     volume = reorient(volume)
     box = body_box(volume, config.body_margin_mm)
@@ -97,7 +103,13 @@ def prepare_image(volume: Volume, config: DataConfig) -> Volume:
     low, high = (dtype.type(limit) for limit in np.clip(config.hu_range, -32768, 32767))
     # clipped first, so that padding at -3024 or metal at 30000 HU does not bleed into its neighbours
     body = Volume(np.clip(volume.array[box], low, high), cropped_grid(volume.grid, box))
-    prepared = resample(body, resampled_grid(body.grid, config.spacing), fill=float(low))
+    grid = resampled_grid(body.grid, config.spacing)
+    if math.prod(grid.shape) > _MOST_GROWTH * body.array.size:
+        raise FocusNetError(
+            f"its spacing, {volume.grid.spacing} mm (z, y, x), gives more than {_MOST_GROWTH} voxels of data.spacing, "
+            f"{config.spacing} mm, for each of its own: one of them must be wrong"
+        )
+    prepared = resample(body, grid, fill=float(low))
     return Volume(np.rint(prepared.array).astype(np.int16, copy=False), prepared.grid)
 
 
