@@ -1,12 +1,13 @@
 # make demo   train, predict and evaluate on synthetic cases, on a CPU
 # make test   all tests that need no GPU
+# make nightly  the long tests: thousands of drawn cases, mutated files, kills and steps (docs/reliability.md)
 # make lint   ruff and mypy
 # make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network;
 #             PART=tests, ops, bench or sanitize runs that part alone; bench goes on where ops stopped, and ops too
 #             with RESUME=1
 # make clean  remove what was built here; the virtual environment too
 #
-# demo, test and lint set up their own virtual environment first.
+# demo, test, nightly and lint set up their own virtual environment first.
 
 VENV := .venv
 PYTHON ?= python3
@@ -22,14 +23,17 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Tests of Triton kernels, run by Triton's interpreter in a process of their own.
 INTERPRETED := $(wildcard tests/test_*_triton.py) tests/test_channelwise.py
 
-.PHONY: demo test lint gpu clean setup lock check-abi
+.PHONY: demo test nightly lint gpu clean setup lock check-abi
 
 demo: setup
 	$(VENV)/bin/python -m focusnet.demo demo
 
 test: setup
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m "not gpu and not large" tests
-	TRITON_INTERPRET=1 $(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m "not gpu and not large" $(INTERPRETED)
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m "not gpu and not large and not nightly" tests
+	TRITON_INTERPRET=1 $(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m "not gpu and not large and not nightly" $(INTERPRETED)
+
+nightly: setup
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m nightly -rP tests
 
 lint: setup
 	$(VENV)/bin/ruff check .
