@@ -1,5 +1,6 @@
 """Checkpoints: weights, configuration and plan in one file that loads without executing code."""
 
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .files import atomic_write
 from .model import FocusNet
 
 FORMAT = 1
+PARTS = ("snet", "sol", "sos")
 
 
 @dataclass
@@ -83,19 +85,47 @@ def load_checkpoint(path: Path, device: torch.device, backend: Backend | None = 
     if not path.is_file():
         raise FocusNetError(f"{path}: no such checkpoint")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise FocusNetError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is not int or version != FORMAT:
         raise FocusNetError(f"{path}: not a FocusNet checkpoint of format {FORMAT}")
     try:
         config, plan = Config.from_dict(state["config"]), Plan.from_dict(state["plan"])
         if backend is not None:
             config.model = replace(config.model, backend=backend)
+        _check_weights(path, config, plan, state["weights"])
         network = build_network(config, plan).to(device)
         network.load_state_dict(state["weights"])
-        model = Model(network, config, plan, tuple(state["parts"]))
-        training = state["training"]
-    except (KeyError, TypeError, ValueError, RuntimeError, FocusNetError) as error:
-        raise FocusNetError(f"{path}: damaged checkpoint: {str(error).splitlines()[0]}") from error
-    return model, training
+        parts, training = state["parts"], state["training"]
+        if not isinstance(parts, list) or not set(parts) <= set(PARTS) or not isinstance(training, dict):
+            raise ValueError("parts or the state of training are missing")
+    except Exception as error:  # strange values may fail anywhere
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FocusNetError(f"{path}: damaged checkpoint: {reason[:300]}") from error
+    return Model(network, config, plan, tuple(parts)), training
+
+
+def _check_archive(path: Path) -> None:
+    """Check what torch does not: that the parts' checksums are right, and that they hold no more than the file."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise zipfile.BadZipFile("torch stores, and does not compress")
+        if sum(part.file_size for part in parts) > path.stat().st_size or archive.testzip() is not None:
+            raise zipfile.BadZipFile("damaged")
+
+
+def _check_weights(path: Path, config: Config, plan: Plan, weights: dict[str, torch.Tensor]) -> None:
+    """Check that the weights are those of the configuration before a network of that size is built."""
+    if sum(weight.nbytes for weight in weights.values()) > path.stat().st_size:
+        raise ValueError("its tensors are larger than the file")
+    if config.model.dilated_blocks + len(plan.organs) > len(weights):
+        raise ValueError(f"{len(weights)} tensors are too few for its configuration")
+    with torch.device("meta"):
+        expected = build_network(config, plan).state_dict()
+    for name, tensor in expected.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise ValueError(f"its configuration asks for {name} of shape {tuple(tensor.shape)}")

@@ -10,6 +10,7 @@ from ..config import Triple
 from ..files import atomic_write
 
 FloatTriple = tuple[float, float, float]
+_LARGEST_ROI = 1024
 
 
 @dataclass
@@ -121,12 +122,18 @@ def case_record(content: dict[str, Any]) -> CaseRecord:
 
 def _organ(content: dict[str, Any]) -> OrganPlan:
     roi_size = content["roi_size"]
+    if roi_size is not None and not all(1 <= side <= _LARGEST_ROI for side in _ints(roi_size)):
+        raise ValueError(f"an ROI of {roi_size} voxels")
     return OrganPlan(
-        **{
-            **content,
-            "extent_mm": _floats(content["extent_mm"]),
-            "roi_size": None if roi_size is None else _ints(roi_size),
-        }
+        name=str(content["name"]),
+        cases=int(content["cases"]),
+        volume_mm3=float(content["volume_mm3"]),
+        voxels=float(content["voxels"]),
+        diameter_mm=float(content["diameter_mm"]),
+        extent_mm=_floats(content["extent_mm"]),
+        small=bool(content["small"]),
+        roi_size=None if roi_size is None else _ints(roi_size),
+        alpha=float(content["alpha"]),
     )
 
 
