@@ -1,6 +1,7 @@
 """What all commands share: configuration on the command line, one-line errors, exit codes."""
 
 import os
+import signal
 import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ EXAMPLES = "examples (in options, - does for _):"
 PIPE_WIDTH = 120
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 SECTIONS = tuple(section.name for section in fields(Config))
@@ -174,8 +176,17 @@ def _preset_file(name: str) -> str:
     return str(file) if file.is_file() and not Path(name).is_file() else name
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as from a cluster's scheduler: everything stops and is cleaned up as on Ctrl-C."""
+
+
 def run(main: Callable[[], int]) -> None:
-    """Run a command and exit: 0, 2 with one line on an error the user can fix, 130 on Ctrl-C."""
+    """Run a command and exit: 0, 2 with one line on an error the user can fix, 130 on Ctrl-C, 143 on SIGTERM."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         status = main()
         sys.stdout.flush()
@@ -189,6 +200,9 @@ def run(main: Callable[[], int]) -> None:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         status = EXIT_ERROR
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        status = EXIT_TERMINATED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED

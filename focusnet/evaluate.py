@@ -43,6 +43,7 @@ from .metrics import (
     union_box,
     volume_diagonal,
 )
+from .processes import follow_parent
 
 SMALL_MM3 = 2500.0  # 1000 voxels of the default grid, 1 x 1 x 2.5 mm
 TABLE_WIDTH = 200  # room for every column
@@ -422,7 +423,7 @@ def _in_parallel(
         yield from track(map(_score_case, jobs), "comparing", total=len(jobs), console=bar)
         return
     # spawn: a forked child of a process that has used threads (torch, SimpleITK) may hang
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent) as pool:
         try:
             yield from track(pool.map(_score_case, jobs), "comparing", total=len(jobs), console=bar)
         except BrokenProcessPool as error:

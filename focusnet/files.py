@@ -1,13 +1,27 @@
-"""Writing files so that no truncated one is ever visible under its final name."""
+"""Writing files so that no truncated one is ever visible under its final name.
+
+What is being written has a name of its own, `.tmp-<8 hex digits>-<final name>`, and is locked, so that what a killed
+process left of it is known by the missing lock and cleared by the next one that writes into the folder.
+"""
 
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import FocusNetError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, nor cleared
+    fcntl = None  # type: ignore[assignment]
+
+_NEW_SECONDS = 60.0  # far more than it takes to lock what was created
+_UNFINISHED = re.compile(r"\.(tmp|old)-[0-9a-f]{8}-(.+)")
 
 
 @contextmanager
@@ -19,13 +33,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     # the unique part goes first, so that writers that look at the suffix (.nii.gz) still see it
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = _beside(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        clear_unfinished(path.parent)
+        temporary.touch(exist_ok=False)
+        with _locked(temporary):
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
     except OSError as error:
         raise FocusNetError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -38,7 +55,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`; on success it replaces `path` and all in there, on error it is removed.
 
     No file system replaces a folder in one step: the older one is moved aside and deleted last, so that even a kill in
-    between leaves a whole one, though maybe under a name that starts with a dot.
+    between leaves a whole one, though maybe under a name that starts with a dot; `clear_unfinished` moves it back.
 
     Raises:
         FocusNetError: the folder cannot be written (read-only, disk full), naming `path`.
@@ -46,14 +63,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()
-    mark = uuid.uuid4().hex[:8]
-    temporary, older = (path.with_name(f".{kind}-{mark}-{path.name}") for kind in ("tmp", "old"))
+    temporary, older = _beside(path, "tmp"), _beside(path, "old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.rename(older)
-        temporary.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(path.parent)
+        temporary.mkdir()
+        with _locked(temporary):
+            yield temporary
+            with _locked(path):
+                if path.exists():
+                    path.rename(older)
+                temporary.rename(path)
     except FocusNetError as error:
         raise FocusNetError(str(error).replace(str(temporary), str(path))) from error
     except OSError as error:
@@ -63,6 +83,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             older.rename(path)
         shutil.rmtree(older, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`; a folder that had not been replaced yet comes back.
+
+    What a living process is writing is locked and stays, and so does what is younger than a minute, and everything
+    where the file system has no locks.
+    """
+    for entry in list(folder.iterdir()):
+        unfinished = _UNFINISHED.fullmatch(entry.name)
+        if not unfinished:
+            continue
+        with suppress(OSError), _locked(entry) as free:
+            whole, moved_aside = folder / unfinished[2], unfinished[1] == "old"
+            if not free or (not moved_aside and time.time() - entry.stat().st_mtime < _NEW_SECONDS):
+                continue
+            if moved_aside and not whole.exists():
+                entry.rename(whole)
+            elif entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
 
 
 def check_writable(folder: Path) -> None:
@@ -80,3 +122,28 @@ def check_writable(folder: Path) -> None:
     except FocusNetError as error:
         raise FocusNetError(str(error).replace(f"cannot write {probe}", f"cannot write into {folder}")) from error
     probe.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{kind}-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file or folder, if it can be had at once; yields whether it is held."""
+    if fcntl is None or not path.exists():
+        yield False
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

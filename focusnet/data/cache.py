@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import signal
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ import numpy as np
 from ..config import DataConfig
 from ..errors import FocusNetError
 from ..files import atomic_write
+from ..processes import follow_parent
 from .cases import Case, iter_masks
 from .images import Grid, Volume, read_image, resample
 from .organs import canonical_name, overlap_order
@@ -155,8 +155,7 @@ def _run(jobs: list[Job]) -> Iterator[CaseReport]:
 def _start_worker() -> None:
     import SimpleITK as sitk
 
-    # the parent handles Ctrl-C
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
 

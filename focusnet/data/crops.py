@@ -58,6 +58,15 @@ class CropDataset(Dataset[Crop]):
     def __getitem__(self, index: int) -> Crop:
         epoch, position = divmod(index, self.length)
         case = self._case(epoch, position)
+        try:
+            return self._crop(case, epoch, position)
+        except FocusNetError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"a training crop of case {case.name} failed: {reason}") from error
+
+    def _crop(self, case: CaseRecord, epoch: int, position: int) -> Crop:
         rng = np.random.default_rng([self.config.train.seed, 1, epoch, position])
         image, labels = load_case(self.cache, case)
         size, spacing = self.config.train.crop, self.plan.spacing
