@@ -34,6 +34,7 @@ test: setup
 
 nightly: setup
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m nightly -rP tests
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) --hypothesis-profile nightly --durations 0 tests/test_properties.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,14 @@
-"""Set-up of every test: the same random numbers, small thread pools."""
+"""Set-up of every test: the same random numbers, small thread pools, how many cases hypothesis draws."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Drawing tensors of many sizes is no fault of a test, and a first call of the vendor's library is slow.
+_patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("quick", _patient, max_examples=200, derandomize=True)
+settings.register_profile("nightly", _patient, max_examples=5000, print_blob=True)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True, scope="session")
