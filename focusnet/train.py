@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -176,10 +177,11 @@ class Trainer:
         losses: list[float] = []
         with _progress(self.console) as progress:
             task = progress.add_task(f"{stage} {epoch + 1}/{settings.epochs}", total=self.steps, loss="")
-            for crop in self._batches(stage, epoch):
-                loss = self._step(stage, epoch, crop)
-                losses += [] if loss is None else [loss]
-                progress.update(task, advance=1, loss=f"loss {losses[-1]:.4f}" if losses else "")
+            with self._explained_workers():
+                for crop in self._batches(stage, epoch):
+                    loss = self._step(stage, epoch, crop)
+                    losses += [] if loss is None else [loss]
+                    progress.update(task, advance=1, loss=f"loss {losses[-1]:.4f}" if losses else "")
         return statistics.fmean(losses) if losses else None
 
     def _step(self, stage: str, epoch: int, crop: Crop) -> float | None:
@@ -191,15 +193,33 @@ class Trainer:
             return None
         value = loss.item()
         if not math.isfinite(value):
-            saved = (self.out / "last.pt").exists()
             raise FocusNetError(
-                f"the loss became {value} in stage {stage}, epoch {epoch + 1}: lower train.{stage}.lr "
-                + ("and go on from the epoch before with --resume" if saved else "and start again")
+                f"the loss became {value} in stage {stage}, epoch {epoch + 1}: lower train.{stage}.lr and "
+                f"{self._again()}"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return value
+
+    def _again(self) -> str:
+        saved = (self.out / "last.pt").exists()
+        return "go on from the epoch before with --resume" if saved else "start again"
+
+    @contextmanager
+    def _explained_workers(self) -> Iterator[None]:
+        """One line for a worker that failed or died, in place of torch's traceback."""
+        try:
+            yield
+        except FocusNetError as error:
+            raise FocusNetError(str(error).rstrip().rpartition(f"{FocusNetError.__name__}: ")[2]) from error
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise FocusNetError(
+                f"a process that loads training crops died, maybe for lack of memory ({str(error).strip()}): lower "
+                f"train.workers and {self._again()}"
+            ) from error
 
     def _batches(self, stage: str, epoch: int) -> Iterator[Crop]:
         """The crops of one epoch, on the device."""
@@ -250,9 +270,10 @@ class Trainer:
         }
         if best:
             save_checkpoint(self.out / "best.pt", self.model, {"state": vars(self.state), "optimizer": None})
-        save_checkpoint(self.out / "last.pt", self.model, training)
+        # last.pt comes last: until it is there, resuming does the epoch and all these files again
         with atomic_write(self.out / "history.json") as temporary:
             temporary.write_text(json.dumps(self.state.history, indent=1, allow_nan=False))
+        save_checkpoint(self.out / "last.pt", self.model, training)
 
 
 def stages(model: Model) -> list[str]:
