@@ -247,6 +247,29 @@ INLINE void store_streaming(Storage* to, const Storage* row) {
 #endif
 }
 
+#ifdef ARCH_X86
+INLINE void transpose(VF (&rows)[8]) {
+  constexpr VI kLow = {0, 8, 1, 9, 4, 12, 5, 13}, kHigh = {2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr VI kLowPairs = {0, 1, 8, 9, 4, 5, 12, 13}, kHighPairs = {2, 3, 10, 11, 6, 7, 14, 15};
+  constexpr VI kLowHalves = {0, 1, 2, 3, 8, 9, 10, 11}, kHighHalves = {4, 5, 6, 7, 12, 13, 14, 15};
+  VF singles[8], pairs[8];
+  for (int i = 0; i < 8; i += 2) {
+    singles[i] = __builtin_shuffle(rows[i], rows[i + 1], kLow);
+    singles[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], kHigh);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      pairs[i + 2 * j] = __builtin_shuffle(singles[i + j], singles[i + j + 2], kLowPairs);
+      pairs[i + 2 * j + 1] = __builtin_shuffle(singles[i + j], singles[i + j + 2], kHighPairs);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = __builtin_shuffle(pairs[i], pairs[i + 4], kLowHalves);
+    rows[i + 4] = __builtin_shuffle(pairs[i], pairs[i + 4], kHighHalves);
+  }
+}
+#endif
+
 // Scratch memory of one thread.
 template <class Real>
 struct Tile {
@@ -285,6 +308,35 @@ INLINE const typename Format::Storage* logits_of(const Problem& p, const Sample&
   return static_cast<const typename Format::Storage*>(p.logits) + s.index * p.classes * p.voxels;
 }
 
+template <class Format, class Real>
+INLINE void load_one_by_one(const typename Format::Storage* x, int64_t classes, const Sample& s, int length, Real* block) {
+  for (int a = 0; a < s.count(); ++a) {
+    Real* row = block + a * kBlock;
+    for (int i = 0; i < length; ++i) row[i] = Format::load_one(x[i * classes + s.channels[a]]);
+    for (int i = length; i < kBlock; ++i) row[i] = -std::numeric_limits<Real>::infinity();
+  }
+}
+
+// A block of channels-last voxels; reads up to a register beyond them.
+template <class Format, class Real>
+INLINE void load_transposed(const typename Format::Storage* x, int64_t classes, const Sample& s, Real* block) {
+#ifdef ARCH_X86
+  if constexpr (std::is_same_v<Real, float>) {
+    for (int i = 0; i < kBlock; i += 8) {
+      for (int64_t c = 0; c < classes; c += 8) {
+        VF rows[8];
+        for (int v = 0; v < 8; ++v) rows[v] = Format::load_vector(x + (i + v) * classes + c);
+        transpose(rows);
+        const int count = classes - c < 8 ? static_cast<int>(classes - c) : 8;
+        for (int v = 0; v < count; ++v) store(block + s.slots[c + v] * kBlock + i, rows[v]);
+      }
+    }
+    return;
+  }
+#endif
+  load_one_by_one<Format>(x, classes, s, kBlock, block);
+}
+
 // Copies a tile, finds the largest logit of every voxel, and fills the last block up with -inf.
 template <class Format, class Real>
 INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int count, Tile<Real>& tile) {
@@ -297,11 +349,15 @@ INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int coun
     for (int b = 0; b < blocks; ++b) {
       const int length = b < whole ? kBlock : count - b * kBlock;
       Real* block = tile.block(b);
+      const int64_t first = (start + b * kBlock) * p.classes;
+      const bool whole_registers = first + kBlock * p.classes + kLanes<Real> <= p.voxels * p.classes;
+      if (std::is_same_v<Real, float> && length == kBlock && whole_registers) {
+        load_transposed<Format>(x + first, p.classes, s, block);
+      } else {
+        load_one_by_one<Format>(x + first, p.classes, s, length, block);
+      }
       for (int a = 0; a < slots; ++a) {
-        const auto* from = x + (start + b * kBlock) * p.classes + s.channels[a];
-        Real* row = block + a * kBlock;
-        for (int i = 0; i < length; ++i) row[i] = Format::load_one(from[i * p.classes]);
-        for (int i = length; i < kBlock; ++i) row[i] = kNothing;
+        const Real* row = block + a * kBlock;
         for (int i = 0; i < kBlock; i += kLanes<Real>) {
           const V v = load(row + i), top = load(tile.top + b * kBlock + i);
           store(tile.top + b * kBlock + i, larger<Real>(top, v));
@@ -364,6 +420,27 @@ INLINE void store_row(const Problem& p, typename Format::Storage* to, const Real
   }
 }
 
+#ifdef ARCH_X86
+INLINE void store_transposed(const float* block, int classes, float* to) {
+  for (int i = 0; i < kBlock; i += 8) {
+    for (int c = 0; c < classes; c += 8) {
+      const int count = classes - c < 8 ? classes - c : 8;
+      VF rows[8];
+      for (int v = 0; v < 8; ++v) rows[v] = load(block + (v < count ? c + v : c) * kBlock + i);
+      transpose(rows);
+      for (int v = 0; v < 8; ++v) {
+        float* voxel = to + (i + v) * classes + c;
+        if (count == 8) {
+          store(voxel, rows[v]);
+        } else {
+          for (int j = 0; j < count; ++j) voxel[j] = rows[v][j];
+        }
+      }
+    }
+  }
+}
+#endif
+
 template <class Format, class Real>
 INLINE void store_tile(const Problem& p, const Sample& s, int64_t start, int count, Tile<Real>& tile) {
   using Storage = typename Format::Storage;
@@ -374,6 +451,14 @@ INLINE void store_tile(const Problem& p, const Sample& s, int64_t start, int cou
     for (int b = 0; b < blocks; ++b) {
       const int length = count - b * kBlock < kBlock ? count - b * kBlock : kBlock;
       const Real* block = tile.block(b);
+#ifdef ARCH_X86
+      if constexpr (std::is_same_v<Format, FloatFormat<float>>) {
+        if (s.identity && length == kBlock) {
+          store_transposed(block, slots, grad + (start + b * kBlock) * p.classes);
+          continue;
+        }
+      }
+#endif
       for (int i = 0; i < length; ++i) {
         Storage* to = grad + (start + b * kBlock + i) * p.classes;
         if (s.identity) {
