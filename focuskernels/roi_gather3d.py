@@ -251,6 +251,9 @@ def _gather(
         return [], sources
     # torch.compile refuses an autograd.Function that gets a tensor twice.
     sources = [s.view_as(s) if any(s is other for other in sources[:i]) else s for i, s in enumerate(sources)]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (centers, *sources)):
+        # Tracing forward alone, torch.compile would take `ctx` for left out where there are two sources.
+        return _run(sources, centers, options), sources
     if not passthrough or torch.compiler.is_compiling():
         return list(_Gather.apply(centers, options, *sources)), sources
     results = _PassThrough.apply(centers, options, *sources)
