@@ -19,7 +19,8 @@ def slices(folder: Path, storage: str = "1.2.840.10008.5.1.4.1.1.2") -> None:
     """Two files with the head of a DICOM slice."""
     folder.mkdir(parents=True)
     for number in range(2):
-        (folder / f"{number}").write_bytes(bytes(128) + b"DICM" + storage.encode() + b"\0")
+        meta = b"DICM" + b"\2\0\2\0UI\x1a\0" + storage.encode() + b"\0"
+        (folder / f"{number}").write_bytes(bytes(128) + meta)
 
 
 def found(source: Path, root: Path | None = None) -> dict[str, str]:

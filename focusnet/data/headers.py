@@ -52,7 +52,7 @@ def check_header(path: Path, *, voxels: bool = True) -> int:
         return _check_metaimage(path, file) if name.endswith((".mha", ".mhd")) else _check_nrrd(path, file)
 
 
-def check_stated_size(reader: "sitk.ImageFileReader", path: Path, held: int) -> None:
+def _check_stated_size(reader: "sitk.ImageFileReader", path: Path, held: int) -> None:
     """Check that as much as the header states can be in the file at all, however well it is compressed.
 
     Args:
@@ -75,6 +75,22 @@ def check_stated_size(reader: "sitk.ImageFileReader", path: Path, held: int) -> 
         raise FocusNetError(
             f"cannot read {path}: its header states {shape} voxels, {stated} bytes, which {held} cannot hold"
         )
+
+
+def read_header(path: Path, held: int) -> "sitk.ImageFileReader":
+    """A reader that has read the header, which states no more than the `held` bytes of its voxels' file can hold.
+
+    Raises:
+        FocusNetError: it states more.
+        RuntimeError: ITK cannot read it.
+    """
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    _check_stated_size(reader, path, held)
+    return reader
 
 
 def _check_nifti(path: Path, file: BinaryIO, voxels: bool) -> None:

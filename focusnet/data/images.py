@@ -15,14 +15,14 @@ import numpy as np
 
 from ..errors import FocusNetError
 from ..files import atomic_write
-from .headers import check_header, check_stated_size
+from .headers import check_header, read_header
+from .series import is_series, series_slices
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 WRITE_SUFFIXES = (".nii.gz", ".nrrd", ".mha")
-_CT_STORAGE = b"1.2.840.10008.5.1.4.1.1.2\0"  # class of a CT slice, in the head of its file
 _INT16 = np.iinfo(np.int16)
 _SPACING_MM = (1e-3, 1e3)
 _FAR_MM = 1e6
@@ -78,8 +78,7 @@ class Volume:
 
 
 def read_image(path: Path) -> Volume:
-    """Read a CT: a NRRD, NIfTI or MetaImage file, or a folder with a DICOM series (the CT series with the
-    most slices).
+    """Read a CT: a NRRD, NIfTI or MetaImage file, a folder with one DICOM series, or FOLDER/SeriesInstanceUID.
 
     Returns:
         HU as int16, or as float32 where the file holds fractions or values that int16 cannot.
@@ -87,11 +86,11 @@ def read_image(path: Path) -> Volume:
     Raises:
         FocusNetError: the file is unreadable, truncated or not a 3D scalar image, has NaN or infinite voxels
         or a singular
-            direction; a DICOM folder holds no CT, or its slices have gaps.
+            direction; a DICOM folder holds no CT or several, or its slices have gaps.
     """
     path = Path(path)
     with _quiet(), _explained(path):
-        image = _read_series(path) if path.is_dir() else _read_file(path)
+        image = _read_series(path) if is_series(path) else _read_file(path)
         values = _values(image)
         return Volume(_as_hu(values, path), _grid_of(image, path))
 
@@ -116,11 +115,11 @@ def read_grid(path: Path) -> Grid:
         FocusNetError: as `read_image`.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_series(path):
         return read_image(path).grid
     _check_name(path)
     with _quiet(), _explained(path):
-        reader = _header(path, check_header(path, voxels=False))
+        reader = read_header(path, check_header(path, voxels=False))
         if reader.GetDimension() != 3:
             return read_image(path).grid
         return _checked_grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection(), path)
@@ -348,20 +347,9 @@ def _check_name(path: Path) -> None:
         raise FocusNetError(f"cannot read {path}: the file is empty")
 
 
-def _header(path: Path, held: int) -> "sitk.ImageFileReader":
-    """A reader that has read the header, which states no more than the `held` bytes of its voxels' file can hold."""
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    check_stated_size(reader, path, held)
-    return reader
-
-
 def _read_file(path: Path) -> "sitk.Image":
     _check_name(path)
-    image = _header(path, check_header(path)).Execute()
+    image = read_header(path, check_header(path)).Execute()
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     channels = image.GetNumberOfComponentsPerPixel()
@@ -371,94 +359,18 @@ def _read_file(path: Path) -> "sitk.Image":
     return image
 
 
-def _read_series(folder: Path) -> "sitk.Image":
-    """The CT series with the most slices among the DICOM files of a folder."""
+def _read_series(path: Path) -> "sitk.Image":
     import SimpleITK as sitk
 
-    best: tuple[str, ...] = ()
-    known: set[str] = set()
-    modalities = set()
-    for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
-        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
-        known.update(Path(file).name for file in files)
-        modality = _dicom_tags(files[0]).get("0008|0060", "unknown")
-        modalities.add(modality)
-        if modality == "CT" and len(files) > len(best):
-            best = files
-    _check_slices(folder, known)
-    if not best:
-        found = f"only {', '.join(sorted(modalities))}" if modalities else "no DICOM files"
-        raise FocusNetError(f"cannot read {folder}: it holds {found}, expected the slices of a CT series")
-    files = _sorted_slices(folder, best) if len(best) > 1 else list(best)
     reader = sitk.ImageSeriesReader()
+    files = series_slices(path)
     reader.SetFileNames(files)
+    reader.MetaDataDictionaryArrayUpdateOn()
     image = reader.Execute()
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or image.GetSize()[2] < 2:
-        raise FocusNetError(f"{folder} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices")
+    slope = "0028|1053"
+    if len({reader.GetMetaData(i, slope) for i in range(len(files)) if reader.HasMetaDataKey(i, slope)}) > 1:
+        reader.SetOutputPixelType(sitk.sitkFloat32)  # ITK takes the type, so whole HU, from the first slice
+        image = reader.Execute()
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise FocusNetError(f"{path} holds {image.GetSize()} voxels of a CT series, expected a 3D stack of slices")
     return image
-
-
-def _check_slices(folder: Path, readable: set[str]) -> None:
-    """GDCM passes over damaged slices in silence; this names the first one."""
-    for path in sorted(folder.iterdir()):
-        if path.name in readable or not path.is_file():
-            continue
-        if _is_ct_slice(path):
-            raise FocusNetError(f"cannot read {path}: the CT slice is truncated or damaged")
-
-
-def holds_ct_slices(folder: Path) -> bool:
-    """Whether slices of a CT series lie in the folder itself."""
-    return any(_is_ct_slice(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name[:1] != ".")
-
-
-def _is_ct_slice(path: Path) -> bool:
-    with path.open("rb") as file:
-        return _CT_STORAGE in file.read(1024)
-
-
-def _dicom_tags(file: str) -> dict[str, str]:
-    reader = _header(Path(file), Path(file).stat().st_size)
-    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
-
-
-def _sorted_slices(folder: Path, files: Iterable[str]) -> list[str]:
-    """The files in order of position along the slice normal, if these positions are evenly spaced."""
-    positions, names = [], []
-    for file in files:
-        tags = _dicom_tags(file)
-        try:
-            position = [float(v) for v in tags["0020|0032"].split("\\")]
-            axes = np.array([float(v) for v in tags["0020|0037"].split("\\")]).reshape(2, 3)
-        except (KeyError, ValueError) as error:
-            raise FocusNetError(f"cannot read {file}: no image position or orientation, expected a CT slice") from error
-        positions.append(np.array(position))
-        names.append(file)
-        if len(names) == 1:
-            first = axes
-        elif not np.allclose(axes, first, atol=1e-3):
-            raise FocusNetError(f"cannot read {folder}: the slices are not parallel ({file})")
-    normal = np.cross(first[0], first[1])
-    along = np.array(positions) @ normal
-    order = np.argsort(along, kind="stable")
-    along = along[order]
-    steps = np.diff(along)
-    spacing = float(np.median(steps))
-    if spacing < 1e-3 or steps.min() < 1e-3:
-        at = along[int(np.argmin(steps))]
-        raise FocusNetError(f"cannot read {folder}: two slices lie at the same position, {at:.2f} mm along the normal")
-    uneven = np.abs(steps - spacing) > max(0.02 * spacing, 0.01)
-    if uneven.any():
-        at = int(np.argmax(uneven))
-        raise FocusNetError(
-            f"cannot read {folder}: slices are missing or uneven between {along[at]:.2f} and "
-            f"{along[at + 1]:.2f} mm along the normal (a step of {steps[at]:.2f} mm, {spacing:.2f} mm elsewhere)"
-        )
-    shift = positions[order[-1]] - positions[order[0]]
-    drift = float(np.linalg.norm(shift - (shift @ normal) * normal))
-    if drift > 1.0:
-        raise FocusNetError(
-            f"cannot read {folder}: each slice is shifted in its plane ({drift:.1f} mm in all, a tilted gantry); "
-            "resample it to an upright grid first"
-        )
-    return [names[index] for index in order]

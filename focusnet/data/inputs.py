@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..errors import FocusNetError
 from .cases import MASK_FOLDERS, Case, case_in, case_name, image_files, image_stem
-from .images import SUFFIXES, holds_ct_slices
+from .images import SUFFIXES
+from .series import ct_series, holds_ct_slices, is_series
 
 _NNUNET_FOLDERS = ("imagesTs", "imagesTr")
 
@@ -16,8 +17,9 @@ def find_inputs(source: Path) -> tuple[dict[str, Path], list[str]]:
 
     `source` is an image file, a folder of image files (contours, label maps and HaN-Seg's MR images among them are
     left out), a case or a folder of cases as `find_cases` knows them, nnU-Net's `imagesTs` or `imagesTr` or the folder
-    around these, a DICOM folder, or a folder of patients, each with one CT or a tree of DICOM folders. Names starting
-    with a dot are passed over.
+    around these, a DICOM folder, or a folder of patients, each with one CT or a tree of DICOM folders. Where a DICOM
+    folder holds several CT series, each is a case, and FOLDER/SeriesInstanceUID one of them. Names starting with a dot
+    are passed over.
 
     Returns:
         The images, sorted by name, and the names of the folders in which there is none.
@@ -25,11 +27,12 @@ def find_inputs(source: Path) -> tuple[dict[str, Path], list[str]]:
     Raises:
         FocusNetError: there is no CT, or two would have the same name.
     """
-    if not source.exists():
+    if not source.exists() and not is_series(source):
         raise FocusNetError(f"{source}: no such file or folder")
     empty: list[str] = []
     found: dict[str, Path] = {}
-    for name, image in _in_file(source) if source.is_file() else _in_folder(source, empty):
+    cases = _in_folder(source, empty) if source.is_dir() else _in_file(source)
+    for name, image in (each for case in cases for each in _each_series(*case)):
         if name in found:
             raise FocusNetError(f"{found[name]} and {image} are both {name}, expected one CT per name")
         found[name] = image
@@ -41,8 +44,16 @@ def find_inputs(source: Path) -> tuple[dict[str, Path], list[str]]:
     return dict(sorted(found.items())), empty
 
 
+def _each_series(name: str, image: Path) -> Iterator[tuple[str, Path]]:
+    series = ct_series(image) if image.is_dir() else {}
+    if len(series) < 2:
+        yield name, image
+    else:
+        yield from ((f"{name}_{uid}", image / uid) for uid in series)
+
+
 def _in_file(source: Path) -> Iterator[tuple[str, Path]]:
-    name = image_stem(source)
+    name = image_stem(source) if source.is_file() else f"{case_name(source.parent)}_{source.name}"
     if not name:
         raise FocusNetError(f"{source}: not an image; expected one of {', '.join(SUFFIXES)} or a DICOM folder")
     yield name, source
