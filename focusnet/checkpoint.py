@@ -1,6 +1,7 @@
 """Checkpoints: weights, configuration and plan in one file that loads without executing code."""
 
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .model import FocusNet
 
 FORMAT = 1
 PARTS = ("snet", "sol", "sos")
+_MOST_NODES = 1_000_000
 
 
 @dataclass
@@ -93,10 +95,14 @@ def load_checkpoint(path: Path, device: torch.device, backend: Backend | None = 
     if type(version) is not int or version != FORMAT:
         raise FocusNetError(f"{path}: not a FocusNet checkpoint of format {FORMAT}")
     try:
+        if sum(tensor.nbytes for tensor in _tensors(state)) > path.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
+        if any(True for _ in _tensors([state["config"], state["plan"]])):
+            raise ValueError("tensors in its configuration or plan")
         config, plan = Config.from_dict(state["config"]), Plan.from_dict(state["plan"])
         if backend is not None:
             config.model = replace(config.model, backend=backend)
-        _check_weights(path, config, plan, state["weights"])
+        _check_weights(config, plan, state["weights"])
         network = build_network(config, plan).to(device)
         network.load_state_dict(state["weights"])
         parts, training = state["parts"], state["training"]
@@ -118,10 +124,21 @@ def _check_archive(path: Path) -> None:
             raise zipfile.BadZipFile("damaged")
 
 
-def _check_weights(path: Path, config: Config, plan: Plan, weights: dict[str, torch.Tensor]) -> None:
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    """All tensors in containers, which may share parts and so be far larger than what is stored of them."""
+    nodes, seen = [state], 0
+    while nodes:
+        node, seen = nodes.pop(), seen + 1
+        if isinstance(node, torch.Tensor):
+            yield node
+        elif isinstance(node, (dict, list, tuple)):
+            nodes += node.values() if isinstance(node, dict) else node
+        if seen + len(nodes) > _MOST_NODES:
+            raise ValueError(f"it has more than {_MOST_NODES} values")
+
+
+def _check_weights(config: Config, plan: Plan, weights: dict[str, torch.Tensor]) -> None:
     """Check that the weights are those of the configuration before a network of that size is built."""
-    if sum(weight.nbytes for weight in weights.values()) > path.stat().st_size:
-        raise ValueError("its tensors are larger than the file")
     if config.model.dilated_blocks + len(plan.organs) > len(weights):
         raise ValueError(f"{len(weights)} tensors are too few for its configuration")
     with torch.device("meta"):

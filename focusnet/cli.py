@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +102,22 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """
     arguments = _with_preset_files(_with_underscores(sys.argv[1:] if argv is None else argv))
     try:
-        return parser.instantiate(parser.parse_args(arguments))
+        parsed = parser.parse_args(arguments)
+        for section in _sections(Config()):
+            if parsed.get(section, section) is None:
+                raise FocusNetError(f"{section} is null, expected settings")
+        return parser.instantiate(parsed)
     except (ArgumentError, RecursionError) as error:
         raise FocusNetError(" ".join(str(error).split())) from error
+
+
+def _sections(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The names of all sections of settings, nested ones too."""
+    for one in fields(settings):
+        section = getattr(settings, one.name)
+        if is_dataclass(section):
+            yield f"{prefix}{one.name}"
+            yield from _sections(section, f"{prefix}{one.name}.")
 
 
 def config_of(arguments: Namespace) -> Config:

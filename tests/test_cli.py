@@ -86,6 +86,9 @@ def test_a_configuration_has_settings_alone(tmp_path) -> None:
     file.write_text("source: elsewhere\ntrain: {seed: 7}\n")
     with pytest.raises(FocusNetError, match=r"mine.yaml has source, expected only data, model, loss, train, predict$"):
         train.main(["DATA", "--out", "RUN", "--config", str(file)])
+    file.write_text("train: {augment: null}")
+    with pytest.raises(FocusNetError, match=r"^train.augment is null, expected settings$"):
+        config("--config", str(file))
     file.write_text("train: [")
     with pytest.raises(FocusNetError, match=r"mine.yaml is no YAML") as raised:
         config("--config", str(file))
@@ -98,6 +101,7 @@ def test_a_configuration_has_settings_alone(tmp_path) -> None:
         (["--train.sed", "3"], "train.sed"),
         (["--model.norm", "layer"], "layer"),
         (["--data.spacing", "[1,2]"], "data.spacing"),
+        (["--data.organs", "[" * 5000], "data.organs|recursion"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file; presets are demo, openkbp, paper, released"),
     ],
 )
