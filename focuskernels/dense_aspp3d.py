@@ -302,7 +302,7 @@ def _triton_passes() -> Passes:
     return importlib.import_module("focuskernels.kernels.dense_aspp3d").Passes()
 
 
-def _by(passes: Callable[[], Passes]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def bodies(passes: Callable[[], Passes]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The bodies of both ops."""
 
     def run_forward(x: Tensor, parameters: Any, dilations: Any, *args: Any) -> Any:
@@ -346,8 +346,8 @@ def _fake_backward(grad: Tensor, buffer: Tensor, *args: Any) -> Any:
     return _empty(buffer, channels, grad.dtype), gradients
 
 
-_reference_forward, _reference_backward = _by(Passes)
-_triton_forward, _triton_backward = _by(_triton_passes)
+_reference_forward, _reference_backward = bodies(Passes)
+_triton_forward, _triton_backward = bodies(_triton_passes)
 
 _OPTIONS = "SymInt[] dilations, str norm, SymInt[] groups, float[] eps, Tensor[] given, Tensor? total"
 

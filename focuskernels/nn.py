@@ -1,7 +1,7 @@
 """Modules over the functions of this package: they hold parameters, the functions compute."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,10 @@ __all__ = [
     "ROIGather3d",
     "SEResBlock3d",
     "SEResidual3d",
+    "convert_sync_norm",
 ]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def _require_positive(**values: int) -> None:
@@ -113,6 +116,17 @@ class NormAct3d(nn.Module):
         """The arguments that matter to a reader of the model."""
         groups = f", num_groups={self.num_groups}" if self.norm == "group" else ""
         return f"{self.channels}, norm={self.norm}{groups}, activation={self.activation}, eps={self.eps}"
+
+
+def convert_sync_norm(network: Module) -> Module:
+    """Let every batch norm of ours in `network` take its statistics over all processes, in place; returns it.
+
+    What `torch.nn.SyncBatchNorm.convert_sync_batchnorm` is for PyTorch's own batch norms, which it leaves alone here.
+    """
+    for module in network.modules():
+        if isinstance(module, NormAct3d) and module.norm == "batch":
+            module.sync = True
+    return network
 
 
 class DilatedConv3d(nn.Conv3d):

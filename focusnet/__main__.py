@@ -7,6 +7,7 @@ from . import require_extra
 
 COMMANDS = {
     "prepare": "check a data set, print the plan, fill the cache",
+    "plan": "predict memory and FLOPs of training and prediction",
     "train": "train all stages",
     "predict": "segment CTs",
     "evaluate": "compare two folders of segmentations",

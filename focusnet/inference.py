@@ -1,5 +1,6 @@
 """Whole-volume inference: S-Net and SOL-Net in overlapping windows, SOS-Net around the peaks, one label map."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -78,10 +79,10 @@ def segment(
         largest_component: Keep the largest connected part alone of every organ that S-Net segments.
         parts: The trained parts; without "sos" the label map is S-Net's.
     """
-    volume, size = _pad_to_stride(image, window, network.snet.strides)
-    windows = Windows(network, volume, size)
-    probability, heatmaps = windows.average(overlap, with_heatmaps="sol" in parts)
     shape = tuple(image.shape)
+    padded, size = padded_size(shape, window, network.snet.strides)
+    windows = Windows(network, _pad(image, padded), size)
+    probability, heatmaps = windows.average(window_starts(padded, size, overlap), with_heatmaps="sol" in parts)
     peaks = heatmap_argmax_3d(_crop(heatmaps, shape)[None])
     found = [k for k, height in enumerate(peaks.value[0].tolist()) if "sos" in parts and height >= min_peak]
     for organ in found:
@@ -119,12 +120,12 @@ class Windows:
         d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(longest, strides, self.volume.shape, strict=True))
         return self if (d, h, w) == self.size else Windows(self.network, self.volume, (d, h, w))
 
-    def average(self, overlap: float, with_heatmaps: bool) -> tuple[Tensor, Tensor]:
+    def average(self, starts: Sequence[Triple], with_heatmaps: bool) -> tuple[Tensor, Tensor]:
         """Probabilities (C, D, H, W) and heat maps (K or 0, D, H, W), averaged over windows with Gaussian weights."""
         weight = _importance(self.size, self.volume.device)
         total = torch.zeros_like(self.volume)
         sums: list[Tensor] = []
-        for start in _starts(tuple(self.volume.shape), self.size, overlap):
+        for start in starts:
             _, snet, heatmaps = self.run(start)
             z, y, x = window = _slices(start, self.size)
             values = (
@@ -215,19 +216,25 @@ def _roi_overlap(
     return volume, roi
 
 
-def _pad_to_stride(image: Tensor, window: Triple, strides: list[Triple]) -> tuple[Tensor, Triple]:
-    """Pad the far end with the volume's minimum to a multiple of the total stride; returns volume and window size.
+def padded_size(shape: Sequence[int], window: Triple, strides: list[Triple]) -> tuple[Triple, Triple]:
+    """Sizes of volume and window as multiples of the total stride.
 
     The norms need two voxels at the lowest resolution, so that a smaller volume is padded to twice the stride.
     """
     total = total_stride(strides)
-    shape = [max(2, -(-n // t)) * t for n, t in zip(image.shape, total, strict=True)]
-    d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(window, total, shape, strict=True))
+    depth, height, width = (max(2, -(-n // t)) * t for n, t in zip(shape, total, strict=True))
+    d, h, w = (min(-(-a // t) * t, n) for a, t, n in zip(window, total, (depth, height, width), strict=True))
+    return (depth, height, width), (d, h, w)
+
+
+def _pad(image: Tensor, shape: Triple) -> Tensor:
+    """The far end filled up with the volume's minimum."""
     padding = [amount for n, m in zip(reversed(image.shape), reversed(shape), strict=True) for amount in (0, m - n)]
-    return F.pad(image, padding, value=float(image.min())), (d, h, w)
+    return F.pad(image, padding, value=float(image.min()))
 
 
-def _starts(shape: tuple[int, ...], size: Triple, overlap: float) -> list[Triple]:
+def window_starts(shape: Triple, size: Triple, overlap: float) -> list[Triple]:
+    """Where the windows of a volume begin."""
     axes = []
     for n, w in zip(shape, size, strict=True):
         steps = -(-(n - w) // max(1, int(w * (1 - overlap))))

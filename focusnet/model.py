@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focuskernels import heatmap_argmax_3d, roi_gather_each_3d
-from focuskernels.nn import DenseASPP3d, NormAct3d, SEResBlock3d
+from focuskernels.nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d
 from focuskernels.reference.nn import to_reference
 
 from .config import ModelConfig, Triple
@@ -56,16 +56,18 @@ class SNet(nn.Module):
         for widths in reversed(config.widths[:-1]):
             self.decoder.append(_block(config, width + widths[-1], widths[-1]))
             width = widths[-1]
-        self.head = nn.Conv3d(width, classes, 1)
+        self.head = _head(config, width, classes)
         self.feature_channels = width
         self.stem_channels = config.widths[0][-1]
 
     def forward(self, image: Tensor) -> SNetOutput:
         """Segment `image` (N, 1, D, H, W); every spatial size works, multiples of the total stride are best."""
-        x = self.encoder[0](self.stem(image))
+        x = self.encoder[0](self.stem(_channels_last(image)).contiguous(memory_format=torch.channels_last_3d))
         skips = [x]
         for stride, blocks in zip(self.strides, self.encoder[1:], strict=True):
-            x = blocks(F.max_pool3d(x, stride, ceil_mode=True))
+            with torch.autocast(x.device.type, enabled=False):  # which would pool in float32 on the CPU
+                x = F.max_pool3d(x, stride, ceil_mode=True)
+            x = blocks(x)
             skips.append(x)
         skips.pop()
         x = self.context(x)
@@ -81,6 +83,16 @@ def _block(
 ) -> SEResBlock3d:
     block = SEResBlock3d(channels, out, kernel_size, dilation, reduction=config.se_reduction, norm=config.norm)
     return _by_backend(config, block)
+
+
+def _head(config: ModelConfig, channels: int, out: int) -> DilatedConv3d:
+    # Of nn.Conv3d, a 1x1x1 kernel would tell oneDNN nothing of the layout.
+    return _by_backend(config, DilatedConv3d(channels, out, 1, bias=True))
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    """(N, 1, D, H, W), which is in both layouts, with the strides that let a convolution write channels_last_3d."""
+    return image.squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
 def _by_backend(config: ModelConfig, layer: Layer) -> Layer:
@@ -111,7 +123,7 @@ class SOLNet(nn.Module):
         self.blocks = nn.Sequential(_block(config, channels, channels), _block(config, channels, channels))
         # the blocks end in a sum of any scale, which would saturate the sigmoid at once
         self.norm = _by_backend(config, NormAct3d(channels, config.norm))
-        self.head = nn.Conv3d(channels, organs, 1)
+        self.head = _head(config, channels, organs)
         assert self.head.bias is not None
         # sigmoid(-6) is about a Gaussian's share of a crop, so that peaks pull as hard as the background; from a higher
         # start the background wins at first, and the map of an organ that is hard to find stays at zero
@@ -129,7 +141,7 @@ class SOSBranch(nn.Module):
         super().__init__()
         width = config.sos_width
         self.blocks = nn.Sequential(_block(config, channels, width), _block(config, width, width))
-        self.head = nn.Conv3d(width, 1, 1)
+        self.head = _head(config, width, 1)
 
     def forward(self, roi: Tensor) -> Tensor:
         """(K, channels, d, h, w) -> logits (K, 1, d, h, w)."""
@@ -204,6 +216,7 @@ class FocusNet(nn.Module):
         logits: dict[int, Tensor] = {}
         for organ in set(organs):
             members = [k for k, owner in enumerate(organs) if owner == organ]
-            found = self.sos[organ](torch.cat([rois[k] for k in members]))
+            # the image may have made them float32
+            found = self.sos[organ](torch.cat([rois[k] for k in members]).to(snet.features.dtype))
             logits.update(zip(members, found, strict=True))
         return [logits[k] for k in range(len(organs))]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from focuskernels import roi_gather_3d
-from focusnet.inference import _starts, segment
+from focusnet.inference import segment, window_starts
 from focusnet.model import SNetOutput
 
 
@@ -97,7 +97,7 @@ def test_one_window_runs_once() -> None:
 
 
 def test_starts_reach_both_ends() -> None:
-    starts = _starts((20, 16, 33), (8, 16, 16), 0.5)
+    starts = window_starts((20, 16, 33), (8, 16, 16), 0.5)
     assert {z for z, _, _ in starts} == {0, 4, 8, 12}
     assert {y for _, y, _ in starts} == {0}
     assert min(x for *_, x in starts) == 0 and max(x for *_, x in starts) == 17

@@ -1,0 +1,327 @@
+"""`python -m focusnet.plan --shape D H W`: memory and FLOPs of every stage, before anything runs.
+
+Each stage's own code runs on tensors without data (`FakeTensorMode`: the meta device knows no autocast), and a
+dispatch mode counts what is alive. `torch.distributed._tools.MemTracker` does so too, but it is private, cannot
+look inside an op, and at a peak in forward does not tell what backward will need from what is about to go.
+Not `data/plan.py`, which holds what was measured on a data set.
+"""
+
+import copy
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from focuskernels import heatmap_argmax_3d
+from focuskernels.flops import body_of
+
+from .checkpoint import Model, build_network
+from .cli import add_config, command_parser, config_of, console, parse, run
+from .config import Config, LossConfig, StageConfig, Triple, total_stride
+from .data.crops import Crop
+from .data.plan import OrganPlan, Plan
+from .errors import FocusNetError
+from .inference import Windows, padded_size, window_starts
+from .losses import rois_loss
+from .model import FocusNet, SNetOutput
+from .train import STAGES, make_optimizer, set_trained, stage_loss
+
+PREDICT = "predict"
+#: The paper's nine organs, three of them small, in ROIs of the size that the authors later used for all of them.
+ORGANS, SMALL, ROI = 9, 3, (8, 64, 64)
+#: CUDA's caching allocator hands out multiples of this.
+CUDA_BLOCK = 512
+
+
+#: Name of what an op allocates and frees itself.
+INSIDE = -1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One step of training, or the prediction of one CT.
+
+    Attributes:
+        weights: Bytes of weights, norm statistics, gradients of weights and state of the optimizer.
+        saved: Bytes alive at the peak that are kept until backward, the batch itself included. In prediction, what is
+            kept from window to window.
+        workspace: Bytes alive at the peak that are not.
+        forward: FLOPs of convolutions and matrix products.
+        backward: FLOPs of their gradients.
+    """
+
+    weights: int
+    saved: int
+    workspace: int
+    forward: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.weights + self.saved + self.workspace
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Keeps account of every storage that ops return while it is active, until it is freed; `peak` is what was alive
+    when most was.
+
+    Args:
+        device_type: Whose allocations: those inside of ops that consist of others, and to which size they are rounded.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self._block = CUDA_BLOCK if device_type == "cuda" else 1
+        self._counter = itertools.count()
+        self._bytes = 0
+        self._most = 0
+        self._names: dict[int, int] = {}  # by address, which is used again
+        self.alive: dict[int, int] = {}
+        self.peak: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op and count its results."""
+        body = body_of(func, self.device_type)
+        if body is None:
+            result = func(*args, **(kwargs or {}))
+        else:
+            with self:
+                result = body(*args)
+        self.add(tree_leaves(result))
+        self._note_peak(_inside(func, args, self.device_type))
+        return result
+
+    def add(self, values: Iterable[Any]) -> set[int]:
+        """Count the storages of the tensors among `values` that are new; returns the names of all of them."""
+        names = set()
+        for value in values:
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            address = storage._cdata
+            if address not in self._names:
+                name = self._names[address] = next(self._counter)
+                self.alive[name] = -(-storage.nbytes() // self._block) * self._block
+                self._bytes += self.alive[name]
+                weakref.finalize(storage, self._free, address)
+            names.add(self._names[address])
+        self._note_peak()
+        return names
+
+    def _note_peak(self, inside: int = 0) -> None:
+        if self._bytes + inside > self._most:
+            self._most, self.peak = self._bytes + inside, {**self.alive, INSIDE: inside}
+
+    def _free(self, address: int) -> None:
+        self._bytes -= self.alive.pop(self._names.pop(address))
+
+
+def _inside(op: Any, args: Any, device_type: str) -> int:
+    """Bytes that an op takes for itself, where they are of a map's size. What cuDNN takes is not known beforehand."""
+    if op is torch.ops.aten.upsample_trilinear3d_backward.default:
+        grad: Tensor = args[0]
+        # the gradient of one of concatenated maps is copied; CUDA wants it with channels first
+        layout = torch.contiguous_format if device_type == "cuda" else torch.channels_last_3d
+        return 0 if grad.is_contiguous(memory_format=layout) else grad.nbytes
+    if op is torch.ops.focuskernels.dilated_conv3d_grad_weight.default and device_type == "cpu":
+        _, x, weight, *_ = args
+        return x.nbytes if weight.shape[2:].numel() > 1 else 0  # in oneDNN's own layout
+    return 0
+
+
+def train_estimate(config: Config, plan: Plan, stage: str, shape: Triple, device_type: str = "cpu") -> Estimate:
+    """One step of a stage on crops of `shape`, all small organs inside; the optimizer has made steps before.
+
+    Args:
+        config: The configuration; `train.crop` is passed over.
+        plan: The organs.
+        stage: "snet", "sol", "sos" or "joint".
+        shape: Of a crop.
+        device_type: "cpu" or "cuda".
+    """
+    mode, model = _without_data(config, plan)
+    parameters = set_trained(model.network, stage)
+    settings: StageConfig = getattr(config.train, stage)
+    ledger = MemoryLedger(device_type)
+    with mode:
+        crop, alpha = _crop(plan, config.train.batch_size, shape), torch.empty(len(plan.organs) + 1)
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        batch = ledger.add(crop)
+        weights = ledger.add([*model.network.parameters(), *model.network.buffers(), *(p.grad for p in parameters)])
+        with ledger, FlopCounterMode(display=False) as counter:
+            with autocast(config):
+                loss = stage_loss(model, stage, crop, alpha, _loss_of_every_organ)
+            assert loss is not None
+            forward, saved = counter.get_total_flops(), batch | set(ledger.alive)
+            for parameter in parameters:  # as the step does, between forward and backward
+                parameter.grad = None
+            loss.backward()
+            backward = counter.get_total_flops() - forward
+        weights |= ledger.add(p.grad for p in parameters)
+    return _estimate(ledger, weights, saved, _optimizer_bytes(parameters, settings), forward, backward)
+
+
+def predict_estimate(config: Config, plan: Plan, shape: Triple, device_type: str = "cpu") -> Estimate:
+    """One CT of `shape` on the network's grid, in windows of `train.crop`, with all small organs in one window."""
+    mode, model = _without_data(config, plan)
+    network = model.network.eval()
+    ledger = MemoryLedger(device_type)
+    with mode, torch.no_grad():  # not inference_mode, in which PyTorch would take some ops apart
+        padded, size = padded_size(shape, config.train.crop, network.snet.strides)
+        first, *others = window_starts(padded, size, config.predict.overlap)
+        weights = ledger.add([*network.parameters(), *network.buffers()])
+        with ledger, FlopCounterMode(display=False) as counter:
+            volume = torch.empty(padded)
+            windows = Windows(network, volume, size)
+            # the second window computes while the first one's features are still there; the others do as it does
+            averages = windows.average([first, *others[:1]], with_heatmaps=True)
+            window = counter.get_total_flops() // (1 + len(others[:1]))
+            kept = ledger.add([volume, *averages])
+            labels = averages[0].max(dim=0)
+            heatmap_argmax_3d(averages[1][None])
+            kept |= ledger.add(labels)
+            windows = windows.holding(network.roi_sizes)
+            image, snet, heatmaps = windows.run(first)
+            before = counter.get_total_flops()
+            organs = range(len(network.roi_sizes))
+            network.segment_rois(organs, image, snet, heatmaps, torch.zeros(len(organs), 4, dtype=torch.int64))
+            rois = counter.get_total_flops() - before
+    return _estimate(ledger, weights, kept, 0, window * (2 + len(others)) + rois, 0)
+
+
+def assumed_plan(config: Config, organs: int, small: int, roi_size: Triple) -> Plan:
+    """A plan with so many organs, the last of them small, for which no data are needed."""
+
+    def organ(number: int) -> OrganPlan:
+        is_small = number >= organs - small
+        size = (config.data.roi_size or roi_size) if is_small else None
+        return OrganPlan(f"organ {number + 1}", 0, 0.0, 0.0, 0.0, (0.0, 0.0, 0.0), is_small, size, 1.0)
+
+    return Plan(config.data.spacing, 0.5, [organ(number) for number in range(organs)])
+
+
+def autocast(config: Config) -> AbstractContextManager[object]:
+    """Of the tensors without data, which are on the CPU whatever device is asked for: no other needs to be there."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.train.amp)
+
+
+def _without_data(config: Config, plan: Plan) -> tuple[FakeTensorMode, Model]:
+    mode = FakeTensorMode()
+    network = build_network(config, plan)
+    with FakeCopyMode(mode):
+        network = copy.deepcopy(network)
+    return mode, Model(network, config, plan, ("snet", "sol", "sos"))
+
+
+def _crop(plan: Plan, batch: int, shape: Triple) -> Crop:
+    return Crop(
+        torch.empty(batch, 1, *shape),
+        torch.empty(batch, *shape, dtype=torch.uint8),
+        torch.empty(batch, len(plan.organs) + 1, dtype=torch.bool),
+        torch.empty(batch, len(plan.small_organs), 3),
+    )
+
+
+def _loss_of_every_organ(
+    network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig
+) -> Tensor:
+    """`sos_loss` where every centre lies in its crop; which ones do cannot be told without data."""
+    owners = [organ for _ in crop.image for organ in range(len(network.roi_sizes))]
+    centers = torch.zeros(len(owners), 4, dtype=torch.int64)
+    return rois_loss(network, crop, snet, heatmaps, owners, centers, plan, config)
+
+
+def _optimizer_bytes(parameters: Sequence[nn.Parameter], settings: StageConfig) -> int:
+    """Of the optimizer's state after a step."""
+    shapes = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in parameters]
+    for parameter in shapes:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = make_optimizer(shapes, settings)
+    optimizer.step()
+    return sum(value.nbytes for value in tree_leaves(list(optimizer.state.values())) if isinstance(value, Tensor))
+
+
+def _estimate(
+    ledger: MemoryLedger, weights: set[int], saved: set[int], optimizer: int, forward: int, backward: int
+) -> Estimate:
+    peak = ledger.peak
+    of_weights = sum(size for key, size in peak.items() if key in weights)
+    kept = sum(size for key, size in peak.items() if key in saved - weights)
+    return Estimate(of_weights + optimizer, kept, sum(peak.values()) - of_weights - kept, forward, backward)
+
+
+def _print(out: Console, title: str, rows: dict[str, Estimate]) -> None:
+    table = Table("stage", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    for column in ("peak GB", "weights etc.", "saved", "workspace", "forward TFLOP", "backward TFLOP"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage, row in rows.items():
+        sizes = (f"{size / 1e9:.3f}" for size in (row.peak, row.weights, row.saved, row.workspace))
+        table.add_row(stage, *sizes, *(f"{flops / 1e12:.3f}" for flops in (row.forward, row.backward)))
+    out.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = command_parser(
+        "plan",
+        "--shape D H W",
+        "Predict memory and FLOPs of every stage before anything runs: a step of training on crops of that shape and "
+        "of train.crop, and the prediction of a CT of that shape. Nothing of that size is allocated.",
+        ["--shape 160 512 512", "--shape 160 512 512 --amp --device cuda", "--shape 64 128 128 --config demo"],
+    )
+    parser.add_argument("--shape", type=int, nargs=3, required=True, help="voxels (z, y, x) on the network's grid")
+    parser.add_argument("--amp", action="store_true", help="as --train.amp true")
+    parser.add_argument("--device", type=str, default="cuda", help="cpu or cuda, which need not be there")
+    parser.add_argument("--organs", type=int, help=f"number of organs (default: as in data.organs, else {ORGANS})")
+    parser.add_argument(
+        "--small", type=int, help=f"how many are small (default: as in data.small_organs, else {SMALL})"
+    )
+    parser.add_argument("--roi", type=int, nargs=3, default=list(ROI), help="ROI of every small organ, in voxels")
+    add_config(parser)
+    arguments = parse(parser, argv)
+    config = config_of(arguments)
+    config.train.amp |= arguments.amp
+    if arguments.device not in ("cpu", "cuda"):
+        raise FocusNetError(f"--device {arguments.device}: expected cpu or cuda")
+    small = len(config.data.small_organs or []) or SMALL if arguments.small is None else arguments.small
+    organs = len(config.data.organs or []) or max(ORGANS, small) if arguments.organs is None else arguments.organs
+    shape, roi = tuple(arguments.shape), tuple(arguments.roi)
+    least = tuple(2 * stride for stride in total_stride(config.model.downsampling))
+    if any(side < minimum for side, minimum in zip(shape, least, strict=True)) or min(roi) < 2:
+        raise FocusNetError(f"--shape {shape} --roi {roi}: expected at least {least} and at least 2 voxels")
+    if not 0 <= small <= organs or organs < 1:
+        raise FocusNetError(f"--organs {organs} --small {small}: expected at least one organ, and no more small ones")
+    plan = assumed_plan(config, organs, small, roi)
+    stages = STAGES if small else STAGES[:1]
+    out = console()
+    amp = "bfloat16 where it is safe" if config.train.amp else "float32"
+    out.print(
+        f"{organs} organs, {small} of them small with an ROI of {config.data.roi_size or roi}; {amp}", markup=False
+    )
+    for crop in dict.fromkeys((shape, config.train.crop)):
+        rows = {stage: train_estimate(config, plan, stage, crop, arguments.device) for stage in stages}
+        size = " x ".join(map(str, crop))
+        _print(out, f"One step, {config.train.batch_size} x {size} voxels, {arguments.device}", rows)
+    size = " x ".join(map(str, shape))
+    rows = {PREDICT: predict_estimate(config, plan, shape, arguments.device)}
+    _print(out, f"Prediction of {size} voxels in windows of {' x '.join(map(str, config.train.crop))}", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
