@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -350,3 +351,43 @@ def _alive(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+# a file system of its own for the run's folder, whose content is copied out before it goes
+MOUNTED = """
+mount -t tmpfs -o "$1" tmpfs "$2" || exit 77
+shift 2
+"$@"
+status=$?
+cp -a "$OUT/." "$KEPT"
+exit $status
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "errors", "kept"),
+    [
+        ("size=450k", r"error: cannot write {out}/last\.pt: .*\n", 3),
+        ("ro", r"error: cannot write into {out}: Read-only file system\n", 0),
+    ],
+)
+def test_a_real_full_or_read_only_disk(config_and_data: Path, options: str, errors: str, kept: int) -> None:
+    folder, out = config_and_data, config_and_data / "out"
+    out.mkdir()
+    (folder / "kept").mkdir()
+    start(folder, steps_per_epoch=1)  # fills the cache
+    shutil.rmtree(out)
+    out.mkdir()
+    command = [sys.executable, "-m", "focusnet.train", folder / "data", "--out", out, "--cache", folder / "cache"]
+    command += ["--config", folder / "config.json", "--device", "cpu", "--train.validate_every", "1"]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", MOUNTED, "sh", options, out, *map(str, command)],
+        env={**os.environ, "OUT": str(out), "KEPT": str(folder / "kept")},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode in (1, 77) and "error:" not in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 2
+    assert re.fullmatch(errors.format(out=re.escape(str(out))), done.stderr), done.stderr
+    assert check_files(folder / "kept") == kept and not list((folder / "kept").glob(".*"))
