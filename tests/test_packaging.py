@@ -33,7 +33,7 @@ def setup(tree: Path, *command: str, **environment: str) -> subprocess.Completed
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
 
 
@@ -92,3 +92,20 @@ def test_unknown_build_mode(tree: Path) -> None:
     done = setup(tree, "--version", FOCUSKERNELS_BUILD="yes")
     assert done.returncode != 0
     assert "must be auto, 0 or 1, not 'yes'" in done.stderr
+
+
+@pytest.mark.parametrize("build", ["0", pytest.param("1", marks=pytest.mark.nightly)])
+def test_a_wheel_built_twice_is_the_same_to_the_bit(tree: Path, tmp_path: Path, build: str) -> None:
+    """In folders of other names, from files of other times."""
+    wheels = []
+    for name in ("one", "another"):
+        copied = shutil.copytree(tree, tmp_path / name, ignore=shutil.ignore_patterns("build", "dist", "*.egg-info"))
+        for path in copied.rglob("*"):
+            os.utime(path, (10**9 + len(wheels), 10**9 + len(wheels)))
+        environment = {"FOCUSKERNELS_BUILD": build, "SOURCE_DATE_EPOCH": "1700000000", "MAX_JOBS": "1"}
+        done = setup(copied, "bdist_wheel", "--dist-dir", "dist", **environment)
+        assert done.returncode == 0, done.stderr
+        (wheel,) = (copied / "dist").iterdir()
+        wheels.append((wheel.name, wheel.read_bytes()))
+    assert ("abi3" in wheels[0][0]) == (build == "1")
+    assert wheels[0] == wheels[1]
