@@ -1,0 +1,50 @@
+"""Batch norms of blocks over two processes against one process with the whole batch, as `torch.nn.SyncBatchNorm` has it
+(which does not run on the CPU)."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from focuskernels.nn import DenseASPP3d, NormAct3d, SEResBlock3d, convert_sync_norm
+
+
+def synchronised(rank: int, store: str, folder: str) -> None:
+    """One of two processes, with one of three samples or with the other two."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    network = nn.Sequential(SEResBlock3d(2, 8), DenseASPP3d(8, 4, 4, [(1, 2, 2), 2]), NormAct3d(16)).double()
+    whole = copy.deepcopy(network)  # without synchronisation, on all samples
+    shared = DistributedDataParallel(convert_sync_norm(network), broadcast_buffers=False)
+    samples, mine = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64), slice(0, 1) if rank == 0 else slice(1, 3)
+    x, part = samples.clone().requires_grad_(), samples[mine].clone().requires_grad_()
+    expected, actual = whole(x), shared(part)
+    torch.testing.assert_close(actual, expected[mine])
+    torch.testing.assert_close(network.state_dict(), whole.state_dict())
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    actual.backward(upstream[mine])
+    torch.testing.assert_close(part.grad, x.grad[mine])
+    for ours, theirs in zip(network.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(2 * ours.grad, theirs.grad)  # DDP averages
+    torch.testing.assert_close(network.eval()(part), whole.eval()(part))
+    Path(folder, str(rank)).touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_blocks_take_statistics_over_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(synchronised, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}
+
+
+def test_conversion_leaves_other_norms() -> None:
+    network = nn.Sequential(SEResBlock3d(2, 2), NormAct3d(2, "instance"))
+    assert convert_sync_norm(network) is network
+    assert [m.sync for m in network.modules() if isinstance(m, NormAct3d)] == [True, True, False]
