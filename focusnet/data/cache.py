@@ -24,7 +24,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import FocusNetError
-from ..files import atomic_write
+from ..files import atomic_write, clear_unfinished
 from ..processes import follow_parent
 from .cases import Case, iter_masks
 from .images import Grid, Volume, read_image, resample
@@ -96,6 +96,8 @@ def prepare_cases(cases: list[Case], cache: Path, config: DataConfig) -> list[Ca
         FocusNetError: the configuration names an unknown organ, or the cache cannot be written.
     """
     fingerprints = {case.name: _fingerprint(case, config) for case in cases}
+    if (cache / "cases").is_dir():
+        clear_unfinished(cache / "cases")
     reports: dict[str, CaseReport] = {}
     for case in cases:
         cached = _load(cache, case.name, fingerprints[case.name])
