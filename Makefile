@@ -2,12 +2,13 @@
 # make test   all tests that need no GPU
 # make nightly  the long tests: thousands of drawn cases, mutated files, kills and steps (docs/reliability.md)
 # make lint   ruff and mypy
+# make docs   the documentation as a web site in site/
 # make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network;
 #             PART=tests, ops, bench or sanitize runs that part alone; bench goes on where ops stopped, and ops too
 #             with RESUME=1
 # make clean  remove what was built here; the virtual environment too
 #
-# demo, test, nightly and lint set up their own virtual environment first.
+# demo, test, nightly, lint and docs set up their own virtual environment first.
 
 VENV := .venv
 PYTHON ?= python3
@@ -23,7 +24,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Tests of Triton kernels, run by Triton's interpreter in a process of their own.
 INTERPRETED := $(wildcard tests/test_*_triton.py) tests/test_channelwise.py
 
-.PHONY: demo test nightly lint gpu clean setup lock check-abi
+.PHONY: demo test nightly lint docs gpu clean setup lock check-abi
 
 demo: setup
 	$(VENV)/bin/python -m focusnet.demo demo
@@ -41,11 +42,14 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -q
+
 gpu:
 	tools/gpu.sh "$(PYTHON)" "$(OUT)" "$(PART)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info focuskernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info focuskernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 setup: $(VENV)/.installed
 
@@ -58,6 +62,11 @@ $(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py $(wildcard csr
 	rm -f focuskernels/_C*.so
 	$(VENV)/bin/python setup.py -q build_ext --inplace
 	FOCUSKERNELS_BUILD=0 $(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# Its packages are no part of the lock, and of nobody else's set-up.
+$(VENV)/.docs: pyproject.toml | setup
+	FOCUSKERNELS_BUILD=0 $(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[docs]'
 	touch $@
 
 # Needs uv. torch stays out of the lock: see requirements.in.
