@@ -15,15 +15,19 @@ from rich.progress import track
 from .checkpoint import Model, load_checkpoint
 from .cli import EXIT_ERROR, command_parser, parse, pick_device, run
 from .config import Backend, Config
+from .data.dicom import check_dicom_extra, read_slices, write_rtstruct, write_seg
 from .data.images import Volume, read_image, write_labels
 from .data.inputs import find_inputs
 from .data.preprocess import BODY_HU, prepare_image, restore_labels
+from .data.series import is_series
 from .errors import FocusNetError
 from .files import atomic_folder, check_writable
 from .inference import Segmentation, segment_hu
 from .qc import draw_qc
 
-_WRITTEN = {"labels.nii.gz", "labels.json", "segmentations", "statistics.json", "qc.png"}
+_WRITTEN = {
+    "labels.nii.gz", "labels.json", "segmentations", "seg.dcm", "rtstruct.dcm", "statistics.json", "qc.png",
+}  # fmt: skip
 _PARTS = {"snet": "S-Net", "sol": "SOL-Net", "sos": "SOS-Net"}
 
 
@@ -61,7 +65,9 @@ def statistics(model: Model, labels: np.ndarray, image: Volume, result: Segmenta
     return table
 
 
-def predict_case(model: Model, name: str, source: Path, out: Path, device: torch.device, *, per_organ: bool) -> None:
+def predict_case(
+    model: Model, name: str, source: Path, out: Path, device: torch.device, *, per_organ: bool, dicom: bool
+) -> None:
     """Segment `source` and write everything about it to `out`/`name`, which replaces an earlier prediction as a whole.
 
     Raises:
@@ -69,6 +75,7 @@ def predict_case(model: Model, name: str, source: Path, out: Path, device: torch
     """
     _check_replaceable(out / name)
     image = read_image(source)
+    slices = read_slices(source) if dicom else []
     if not (image.array > BODY_HU).any():
         print(f"note: {name}: {source} shows nobody: no voxel is above {BODY_HU} HU", file=sys.stderr)
     labels, result, prepared = predict_volume(model, image, device)
@@ -81,6 +88,9 @@ def predict_case(model: Model, name: str, source: Path, out: Path, device: torch
         else:
             write_labels(folder / "labels.nii.gz", labels, image.grid)
             _write_json(folder / "labels.json", {str(value): organ for value, organ in organs.items()})
+        if dicom:
+            write_seg(folder / "seg.dcm", slices, labels, organs)
+            write_rtstruct(folder / "rtstruct.dcm", slices, labels, organs)
         _write_json(folder / "statistics.json", statistics(model, labels, image, result))
         draw_qc(folder / "qc.png", prepared, result, model)
 
@@ -95,6 +105,13 @@ def _check_replaceable(folder: Path) -> None:
     if found and ("statistics.json" not in found or found - _WRITTEN):
         odd = min(found - _WRITTEN, default="no statistics.json")
         raise FocusNetError(f"cannot replace {folder}: it is no prediction ({odd}); choose another --out")
+
+
+def _check_dicom(inputs: dict[str, Path]) -> None:
+    check_dicom_extra()
+    for source in inputs.values():
+        if not is_series(source):
+            raise FocusNetError(f"--dicom needs a DICOM series to refer to, and {source} is none; leave --dicom out")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -130,9 +147,14 @@ def main(argv: list[str] | None = None) -> int:
         "predict",
         "CHECKPOINT INPUT --out OUT",
         "Segment CTs; masks lie on exactly the CTs' grids. OUT/<case>/ gets labels.nii.gz with labels.json (which "
-        "value is which organ) or, with --per_organ, segmentations/<Organ>.nii.gz; statistics.json (per organ its "
-        "volume in cm3, centre in mm (x, y, z; LPS) and how sure the network was, 0 to 1); and qc.png to look at.",
-        ["RUN/best.pt CTS --out OUT", "RUN/best.pt patient.nii.gz --out OUT --per_organ --device cpu"],
+        "value is which organ) or, with --per_organ, segmentations/<Organ>.nii.gz; with --dicom also seg.dcm and "
+        "rtstruct.dcm, in the CT's study and frame of reference; statistics.json (per organ its volume in cm3, centre "
+        "in mm (x, y, z; LPS) and how sure the network was, 0 to 1); and qc.png to look at.",
+        [
+            "RUN/best.pt CTS --out OUT",
+            "RUN/best.pt patient.nii.gz --out OUT --per_organ --device cpu",
+            "RUN/best.pt DICOM_FOLDER --out OUT --dicom",
+        ],
     )
     parser.add_argument("checkpoint", type=Path, help="best.pt of a training run")
     parser.add_argument("input", type=Path, help="an image file, a folder of images or of cases, or a DICOM folder")
@@ -140,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, required=True, help="one folder per case: label map, statistics, QC picture"
     )
     parser.add_argument("--per_organ", action="store_true", help="one binary mask per organ instead of one label map")
+    parser.add_argument("--dicom", action="store_true", help="DICOM-SEG and RTSTRUCT too, of CTs that are DICOM series")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     for name, kind, text in (
         ("overlap", float, "share by which neighbouring windows overlap"),
@@ -161,12 +184,16 @@ def main(argv: list[str] | None = None) -> int:
     inputs, empty = find_inputs(arguments.input)
     if empty:
         print(f"note: no CT in {', '.join(empty)}", file=sys.stderr)
+    if arguments.dicom:
+        _check_dicom(inputs)
     check_writable(arguments.out)
     failures = []
     print(_describe(model, arguments.checkpoint, device))
     for name, source in track(list(inputs.items()), description="predicting", console=console, transient=True):
         try:
-            predict_case(model, name, source, arguments.out, device, per_organ=arguments.per_organ)
+            predict_case(
+                model, name, source, arguments.out, device, per_organ=arguments.per_organ, dicom=arguments.dicom
+            )
         except (FocusNetError, OSError, RuntimeError, ValueError, MemoryError) as error:
             failures.append(f"{name}: {_reason(error)}")
     print(f"segmented {len(inputs) - len(failures)} of {len(inputs)} CTs into {arguments.out}")

@@ -1,15 +1,23 @@
 """DICOM series as clinics have them: read, and written as SEG and RTSTRUCT, which other software reads back."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from matplotlib.path import Path as MplPath
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sr.codedict import codes
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, RTStructureSetStorage
 
-from focusnet.data.images import Grid, read_grid, read_image
+from focusnet.data import dicom
+from focusnet.data.dicom import _SNOMED, contours, read_slices, write_rtstruct, write_seg
+from focusnet.data.images import Grid, read_grid, read_image, read_labels, resample, write_labels
 from focusnet.data.inputs import find_inputs
+from focusnet.data.organs import ORGANS as ORGANS_KNOWN
+from focusnet.data.organs import organ_color
 from focusnet.errors import FocusNetError
 
 STUDY, FRAME, SERIES = "1.2.826.0.1.3680043.8.498.1", "1.2.826.0.1.3680043.8.498.2", "1.2.826.0.1.3680043.8.498.3"
@@ -146,3 +154,164 @@ def test_a_tilted_gantry_is_refused(tmp_path: Path) -> None:
     write_series(tmp_path, Grid(UPRIGHT.shape, UPRIGHT.spacing, UPRIGHT.origin, shear))
     with pytest.raises(FocusNetError, match="tilted gantry"):
         read_image(tmp_path)
+
+
+ORGANS = {1: "Brainstem", 2: "OpticNrv_L", 3: "Cochlea_R", 4: "Lens_L"}
+
+
+def organ_labels() -> np.ndarray:
+    """A ring, two parts that touch at a corner with a part at the image's edge, a lone voxel, and an absent organ."""
+    labels = np.zeros(UPRIGHT.shape, np.uint8)
+    labels[1:4, 4:20, 5:22] = 1
+    labels[1:3, 9:14, 8:17] = 0
+    labels[2, 11, 11] = 1
+    labels[2, 0:4, 24:27] = labels[2, 4:8, 27:30] = 2
+    labels[0, 22, 3] = 3
+    return labels
+
+
+@pytest.fixture(params=[UPRIGHT, oblique(UPRIGHT)], ids=["upright", "oblique"])
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Grid]:
+    """A folder with a series in `ct`, `seg.dcm` and `rtstruct.dcm`, and the grid."""
+    write_series(tmp_path / "ct", request.param)
+    slices = read_slices(tmp_path / "ct")
+    write_seg(tmp_path / "seg.dcm", slices, organ_labels(), ORGANS)
+    write_rtstruct(tmp_path / "rtstruct.dcm", slices, organ_labels(), ORGANS)
+    return tmp_path, request.param
+
+
+def test_dcmqi_reads_the_same_voxels_from_the_seg(written: tuple[Path, Grid]) -> None:
+    folder, grid = written
+    assert np.array_equal(read_seg(folder / "seg.dcm", grid), organ_labels())
+
+
+def test_plastimatch_fills_the_contours_to_the_same_voxels(written: tuple[Path, Grid]) -> None:
+    folder, grid = written
+    write_labels(folder / "grid.nrrd", organ_labels(), grid)
+    call("plastimatch", "convert", "--input", folder / "rtstruct.dcm", "--fixed", folder / "grid.nrrd",
+         "--output-prefix", folder / "masks", "--prefix-format", "nrrd")  # fmt: skip
+    assert {path.stem for path in (folder / "masks").iterdir()} == {"Brainstem", "OpticNrv_L", "Cochlea_R"}
+    for number, name in list(ORGANS.items())[:3]:
+        # DSC 1: no contour passes through the centre of a voxel, so how a reader treats its border does not matter
+        mask = read_labels(folder / "masks" / f"{name}.nrrd")
+        assert np.array_equal(mask.array > 0, organ_labels() == number)
+        assert not mask.grid.difference(grid)
+
+
+def test_contours_enclose_the_centres_of_the_mask_and_no_others() -> None:
+    generator = np.random.default_rng(0)
+    y, x = np.mgrid[:13, :17]
+    centres = np.stack([x.ravel(), y.ravel()], axis=1)
+    for share in (0.02, 0.3, 0.6, 0.95, 1.0):
+        mask = generator.random((13, 17)) < share  # of many parts, holes in holes, and voxels at the edge
+        wound = np.zeros(mask.size, int)
+        for points in contours(mask):
+            wound += MplPath(np.concatenate([points, points[:1]])).contains_points(centres)
+        assert np.array_equal(wound.reshape(mask.shape), mask)
+
+
+def test_both_objects_belong_to_the_series(written: tuple[Path, Grid]) -> None:
+    folder, _ = written
+    source = {ds.SOPInstanceUID: ds for ds in read_slices(folder / "ct")}
+    segmentation, structures = pydicom.dcmread(folder / "seg.dcm"), pydicom.dcmread(folder / "rtstruct.dcm")
+    for ds, modality in ((segmentation, "SEG"), (structures, "RTSTRUCT")):
+        assert (ds.StudyInstanceUID, ds.FrameOfReferenceUID, ds.Modality) == (STUDY, FRAME, modality)
+        assert (ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.PatientSex) == (
+            "Müller^Anna",
+            "4711",
+            "19610203",
+            "F",
+        )
+        assert ds.SeriesInstanceUID != SERIES
+    assert segmentation.ReferencedSeriesSequence[0].SeriesInstanceUID == SERIES
+    frame = structures.ReferencedFrameOfReferenceSequence[0]
+    series = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence[0]
+    assert (frame.FrameOfReferenceUID, series.SeriesInstanceUID) == (FRAME, SERIES)
+    assert {item.ReferencedSOPInstanceUID for item in series.ContourImageSequence} == set(source)
+    for roi in structures.ROIContourSequence:
+        for contour in roi.ContourSequence:
+            plane = source[contour.ContourImageSequence[0].ReferencedSOPInstanceUID]
+            normal = np.cross(plane.ImageOrientationPatient[:3], plane.ImageOrientationPatient[3:])
+            off = (np.reshape(contour.ContourData, (-1, 3)) - np.array(plane.ImagePositionPatient)) @ normal
+            assert np.abs(off).max() < 1e-3  # mm; points are written with four decimals
+
+
+def test_organs_are_named_coded_and_coloured(written: tuple[Path, Grid]) -> None:
+    folder, _ = written
+    structures = pydicom.dcmread(folder / "rtstruct.dcm")
+    rois = {roi.ROINumber: roi.ROIName for roi in structures.StructureSetROISequence}
+    assert rois == {1: "Brainstem", 2: "OpticNrv_L", 3: "Cochlea_R"}  # nothing is contoured of the lens
+    colors = {roi.ReferencedROINumber: tuple(roi.ROIDisplayColor) for roi in structures.ROIContourSequence}
+    assert colors == {number: organ_color(name) for number, name in rois.items()}
+    segments = pydicom.dcmread(folder / "seg.dcm").SegmentSequence
+    assert {segment.SegmentNumber: segment.SegmentLabel for segment in segments} == ORGANS
+    kinds = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in segments]
+    assert [kind.CodeMeaning for kind in kinds] == ["Brain Stem", "optic nerve", "Anatomical Structure", "Lens"]
+    assert kinds[1].SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning == "Left"
+    assert "SegmentedPropertyTypeModifierCodeSequence" not in kinds[0]
+
+
+def test_every_code_is_in_the_dictionary_and_every_organ_has_its_colour() -> None:
+    assert set(_SNOMED) <= {name.removesuffix("_L") for name in ORGANS_KNOWN}
+    for keyword in _SNOMED.values():
+        assert getattr(codes.SCT, keyword).scheme_designator == "SCT"
+    assert organ_color("Brainstem") == (140, 0, 191)
+    assert len({organ_color(name) for name in ORGANS_KNOWN}) > 0.9 * len(ORGANS_KNOWN)
+
+
+def test_an_empty_label_map_is_written(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", UPRIGHT)
+    slices, nothing = read_slices(tmp_path / "ct"), np.zeros(UPRIGHT.shape, np.uint8)
+    write_seg(tmp_path / "seg.dcm", slices, nothing, ORGANS)
+    write_rtstruct(tmp_path / "rtstruct.dcm", slices, nothing, ORGANS)
+    assert not read_seg(tmp_path / "seg.dcm", UPRIGHT).any()
+    assert len(pydicom.dcmread(tmp_path / "rtstruct.dcm").StructureSetROISequence) == 0
+
+
+def test_elements_that_anonymised_series_lack(tmp_path: Path) -> None:
+    write_series(tmp_path, UPRIGHT)
+    for path in tmp_path.iterdir():
+        ds = pydicom.dcmread(path)
+        del (
+            ds.PatientBirthDate,
+            ds.AccessionNumber,
+            ds.ReferringPhysicianName,
+            ds.StudyID,
+            ds.PositionReferenceIndicator,
+        )
+        ds.save_as(path)
+    slices = read_slices(tmp_path)
+    write_seg(tmp_path / "seg.dcm", slices, organ_labels(), ORGANS)
+    write_rtstruct(tmp_path / "rtstruct.dcm", slices, organ_labels(), ORGANS)
+    assert pydicom.dcmread(tmp_path / "rtstruct.dcm").PatientBirthDate == ""
+    change(tmp_path, 2, FrameOfReferenceUID="")
+    with pytest.raises(FocusNetError, match=r"cannot refer to .*: it has no FrameOfReferenceUID, which DICOM output"):
+        read_slices(tmp_path)
+
+
+def test_labels_on_another_grid_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path, UPRIGHT)
+    for write in (write_seg, write_rtstruct):
+        with pytest.raises(ValueError, match=r"shape \(4, 24, 30\) for a series of shape \(5, 24, 30\)"):
+            write(tmp_path / "out.dcm", read_slices(tmp_path), organ_labels()[1:], ORGANS)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dicom, "find_spec", lambda name: None if name == "highdicom" else "found")
+    with pytest.raises(FocusNetError, match=r'needs highdicom: pip install "focuskernels\[dicom\]"'):
+        dicom.check_dicom_extra()
+
+
+def read_seg(path: Path, grid: Grid) -> np.ndarray:
+    """The label map (z, y, x) of a SEG on `grid`, as dcmqi reads it."""
+    call("segimage2itkimage", "--inputDICOM", path, "--outputDirectory", path.parent, "-t", "nrrd", "--prefix", "part")
+    labels = np.zeros(grid.shape, np.uint8)
+    for part in path.parent.glob("part-*.nrrd"):  # cropped to where something is
+        labels[resample(read_labels(part), grid, labels=True).array > 0] = int(part.stem.partition("-")[2])
+    return labels
+
+
+def call(tool: str, *arguments: object) -> None:
+    command = [str(Path(sys.executable).with_name(tool)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from matplotlib.image import imread
@@ -12,6 +13,7 @@ from focusnet.errors import FocusNetError
 from focusnet.inference import Segmentation
 from focusnet.prepare import prepare
 from focusnet.qc import draw_qc
+from tests.test_dicom import SERIES, read_seg, write_series
 from tests.tiny import GRID, tiny_config, write_case, write_data
 
 
@@ -74,6 +76,24 @@ def test_one_mask_per_organ_adds_up_to_the_label_map(checkpoint, tmp_path) -> No
     for value, name in names.items():
         mask = read_labels(tmp_path / "many" / "img" / "segmentations" / f"{name}.nii.gz").array
         assert np.array_equal(mask > 0, whole == int(value))
+
+
+def test_dicom_objects_hold_the_label_map(checkpoint, tmp_path) -> None:
+    write_case(tmp_path / "case", 5)
+    image = read_image(tmp_path / "case" / "img.nrrd")
+    for uid in (SERIES, SERIES + "4"):
+        write_series(tmp_path / "scan", image.grid, uid, image.array)
+    assert run(checkpoint, tmp_path / "scan" / f"{SERIES}4", tmp_path / "out", "--dicom") == 0
+    folder = tmp_path / "out" / f"scan_{SERIES}4"
+    labels = read_labels(folder / "labels.nii.gz")
+    assert labels.array.any()
+    assert np.array_equal(read_seg(folder / "seg.dcm", image.grid), labels.array)
+    names = json.loads((folder / "labels.json").read_text())
+    contoured = {roi.ROIName for roi in pydicom.dcmread(folder / "rtstruct.dcm").StructureSetROISequence}
+    assert contoured == {names[str(value)] for value in np.unique(labels.array) if value}
+    with pytest.raises(FocusNetError, match=r"--dicom needs a DICOM series to refer to, and .*img\.nrrd is none"):
+        run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "none", "--dicom")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_ct_of_nobody_is_noted(checkpoint, tmp_path, capsys) -> None:

@@ -3,7 +3,9 @@
 The few substructures without a TG-263 name (of the inner ear, larynx and neck) keep their data set's own.
 """
 
+import colorsys
 import difflib
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -134,3 +136,11 @@ def overlap_order(names: Iterable[str]) -> list[str]:
     The order depends on the typical volumes alone, never on a case; equal volumes are painted by name.
     """
     return sorted(names, key=lambda name: (-ORGANS[name].volume_mm3, name))
+
+
+def organ_color(name: str) -> tuple[int, int, int]:
+    """A colour (red, green, blue; 0 to 255) that depends on the name alone, so it is the same for every model."""
+    code = zlib.crc32(name.encode())
+    hue, saturation, value = code % 360 / 360, 0.55 + code // 360 % 4 * 0.15, 0.75 + code // 1440 % 3 * 0.125
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
