@@ -309,3 +309,26 @@ def test_other_files_beside_the_slices_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no slice")
     (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(200))
     assert read_image(tmp_path).grid.shape == (3, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "cause"),
+    [
+        (".nrrd", (b"encoding: raw", b"encoding: " + b"x" * 2000), "a line of 2010 bytes"),
+        (".nrrd", (b"sizes: 8 7 6", b"sizes: 8000 7000 6000"), "states 8000x7000x6000 voxels"),
+        (".nrrd", (b"encoding: raw", b"encoding: raw\ndata file: /dev/zero"), "'/dev/zero', does not exist"),
+        (".nrrd", (b"encoding: raw", b"encoding: raw\ndata file: a%n.raw 1 9 1"), "in several files"),
+        (".mha", (b"ElementDataFile = LOCAL", b"ElementDataFile = %s%n 1 9 1"), "in several files"),
+        (".mha", (b"ElementDataFile = LOCAL", b"ElementDataFile = LIST"), "in several files"),
+        (".mha", (b"DimSize = 8 7 6", b"DimSize = 8 7 -1"), "damaged near"),
+        (".mha", (b"ElementSpacing = 0.75 1.25 2.5", b"ElementSpacing = 0.75 1.25 1e9"), "expected voxels of 0.001 to"),
+    ],
+)
+def test_a_header_is_not_believed(tmp_path: Path, suffix: str, change: tuple[bytes, bytes], cause: str) -> None:
+    path = write(tmp_path / f"ct{suffix}", ct(), compress=False)
+    content = path.read_bytes()
+    assert change[0] in content, content[:500]
+    path.write_bytes(content.replace(*change))
+    for read in (read_image, read_grid):
+        with pytest.raises(FocusNetError, match=cause):
+            read(path)
