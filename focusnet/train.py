@@ -30,7 +30,7 @@ from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
 from .errors import FocusNetError
 from .evaluate import print_table
-from .files import atomic_write, check_writable
+from .files import atomic_write, check_writable, clear_unfinished
 from .losses import focal_alpha, heatmap_loss, segmentation_loss, sos_loss
 from .model import FocusNet
 from .prepare import prepare
@@ -449,6 +449,7 @@ def start_training(
     if stored is None and last.exists():
         raise FocusNetError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     if stored is not None and _is_complete(*stored):
+        clear_unfinished(out)
         _say(reporter, f"{out} is complete: nothing is left to train")
         return
     check_writable(out)

@@ -175,6 +175,7 @@ def kill_and_go_on(source: Path, folder: Path, kills: dict[str, int], in_a_row: 
                     os.utime(path, (1, 1))
                 whole.finish()
                 assert content(whole) == expected
+                print(f"{name}: {attempt + 1} tries to kill, {killed} kills in all")
     return killed
 
 
