@@ -24,7 +24,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Tests of Triton kernels, run by Triton's interpreter in a process of their own.
 INTERPRETED := $(wildcard tests/test_*_triton.py) tests/test_channelwise.py
 
-.PHONY: demo test nightly lint docs gpu clean setup lock check-abi
+.PHONY: demo test nightly lint docs gpu clean setup lock licences check-abi
 
 demo: setup
 	$(VENV)/bin/python -m focusnet.demo demo
@@ -73,6 +73,10 @@ $(VENV)/.docs: pyproject.toml | setup
 lock:
 	echo torch | uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --excludes - \
 	    --extra dev pyproject.toml requirements.in -o requirements.lock
+
+# Needs uv.
+licences: setup
+	tools/licences.sh $(VENV)/bin/python docs/licences.md
 
 # One wheel, built once, tried under several versions of torch; each is downloaded into an environment of its own.
 check-abi: setup
