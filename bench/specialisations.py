@@ -98,12 +98,18 @@ def _focal_dice(dtype: str) -> Iterator[Specialisation]:
 
 
 def _roi_gather(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+    """ROIs of one size, and those of SOS-Net."""
+    for table in (False, True):
+        yield from _roi_gather_from(dtype, channels_last, table)
+
+
+def _roi_gather_from(dtype: str, channels_last: bool, table: bool) -> Iterator[Specialisation]:
     module = roi_gather3d
     ones = ("source_c", "result_c", "grad_c") if channels_last else ("source_x", "result_v", "grad_v")
-    fixed = {"BORDER": False, "BLOCK_C": module.BLOCK_C, "BLOCK_V": module.BLOCK_V, "ADD": True}
+    fixed = {"BORDER": False, "BLOCK_C": module.BLOCK_C, "BLOCK_V": module.BLOCK_V, "ADD": True, "TABLE": table}
     fixed |= dict.fromkeys((*ones, "samples"), 1)
     types = dict.fromkeys(("source", "result", "grad", "total"), "*" + dtype) | {"centers": "*fp32"}
-    types |= dict.fromkeys(("scale_z", "scale_y", "scale_x"), "fp64")
+    types |= {"geometry": "*fp64", "table": "*i64"}
     tile = module.BLOCK_C * module.BLOCK_V * BYTES[dtype]
     # Forward reads a voxel for every one it writes; of backward, what one candidate is owed.
     # With 48x128x128 voxels, 32 channels and ROIs of 32^3 all sizes and strides are multiples of 16, but for the number
@@ -112,7 +118,7 @@ def _roi_gather(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
         yield Specialisation(
             stem="roi_gather3d",
             kernel=kernel,
-            name=f"{dtype}, channels {'last' if channels_last else 'first'}",
+            name=f"{dtype}, channels {'last' if channels_last else 'first'}{', many sizes' if table else ''}",
             types=types,
             fixed=fixed,
             options={"num_warps": module.WARPS},

@@ -397,8 +397,6 @@ def _forward_not_in_triton(sources: Sequence[Tensor], centers: Tensor, *_: Any) 
 
 def _backward_not_in_triton(grads: Sequence[Tensor], *arguments: Any) -> str | None:
     *_, shapes, _first_channels, dtypes, _channels_last, _border = arguments
-    if len(grads) != 1:
-        return "no kernel for ROIs of many sizes"
     if torch.float64 in (grads[0].dtype, *(reference.DTYPES[dtype] for dtype in dtypes)):
         return "no kernel for torch.float64"
     for i in range(len(dtypes)):

@@ -28,6 +28,8 @@ REGISTERS = {
     "dense_aspp3d.sums_kernel": 250,
     "dense_aspp3d.backward_kernel": 230,
 }
+#: Bytes of a thread on the stack, where that is not 0. With sizes from a table ptxas keeps some of them there.
+SPILLED = {("roi_gather3d.backward_kernel", True): 40}
 #: The tensor-core instructions an architecture has.
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 WITH_MATRIX = ("dilated_conv3d.conv_kernel", "dilated_conv3d.weight_kernel", "dense_aspp3d")
@@ -57,7 +59,7 @@ def test_resources(target: str) -> None:
 def assert_within_limits(row: dict[str, Any]) -> None:
     kernel = row["kernel"]
     module = kernel.split(".")[0]
-    assert row["spilled"] == 0, row
+    assert row["spilled"] <= SPILLED.get((kernel, "many sizes" in row["use"]), 0), row
     assert row["registers"] <= REGISTERS.get(kernel, REGISTERS.get(module, 0)), row
     if kernel.startswith(WITH_MATRIX):
         assert {name.split()[0] for name in row["matrix"]} == {MATRIX[row["target"]]}, row

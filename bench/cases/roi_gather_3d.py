@@ -133,8 +133,7 @@ def _case(boxes: Boxes, dtype: torch.dtype, layout: str, device: str) -> Case:
         name=f"{len(boxes.sides)} ROIs of {f'{min(boxes.sides)} to {max(boxes.sides)}' if others else side}, "
         f"{'x'.join(map(str, boxes.volume))} {dtype_name(dtype)} {layout}",
         make=make,
-        # On a GPU ROIs of many sizes have no kernel for backward yet (docs/roi.md), and a fallback is an error here.
-        cost={"fwd": fwd} if device == "cuda" and others else cost_by_mode(fwd, bwd),
+        cost=cost_by_mode(fwd, bwd),
         oracle=slicing,
         providers=[
             ours(run),

@@ -1,11 +1,17 @@
 """Triton kernels of roi_gather_3d (docs/roi.md).
 
 Bytes: forward reads every voxel in a box and writes the result; backward reads the gradient of the result and
-writes the gradients of the sources once. A launch serves one source, and one size of ROI: it writes its channels of the
-result. Backward gathers: every voxel of a source sums what the ROIs owe it, in their order, without atomics.
+writes the gradients of the sources once. A launch serves one source and all ROIs. Backward gathers: every voxel of a
+source sums what the ROIs owe it, in their order, without atomics.
+
+ROIs of one size are one tensor. Others are tensors of their own, and a table on the device says where they lie and what
+they read.
 """
 
 import contextlib
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.roi_gather3d import Boxes, empty_gradients, empty_outputs
+from ..reference.roi_gather3d import Boxes, empty_gradients, empty_outputs, is_channels_last
 
 BLOCK_C = 8
 BLOCK_V = 128
@@ -21,14 +27,36 @@ WARPS = 8
 
 
 @triton.jit
-def _position(center, o, roi, out, scale: tl.float64, size, BORDER: tl.constexpr):
-    """As reference.coordinates, operation by operation."""
-    margin = roi + 2 + 2 / scale
-    limit = size / scale + margin
+def _axis(geometry, k, axis: tl.constexpr):
+    """Of ROI k along an axis what `_geometry` has worked out."""
+    row = geometry + 24 * k + 8 * axis
+    out, count = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
+    return (
+        out,
+        count,
+        tl.load(row + 2),
+        tl.load(row + 3),
+        tl.load(row + 4),
+        tl.load(row + 5),
+        tl.load(row + 6),
+        tl.load(row + 7),
+    )
+
+
+@triton.jit
+def _start(center, axis):
+    """The first voxel of the ROI around a centre, which may be far outside."""
+    _out, _count, half, margin, limit, _bins, _per_voxel, _scale = axis
+    center = center.to(tl.float64)
     center = tl.where(center < -margin, -margin, center)
-    center = tl.where(center > limit, limit, center)
-    step = (o.to(tl.float64) + 0.5) * (roi.to(tl.float64) / out) - 0.5
-    x = (center - roi // 2 + step + 0.5) * scale - 0.5
+    return tl.where(center > limit, limit, center) - half
+
+
+@triton.jit
+def _position(start, o, axis, size, BORDER: tl.constexpr):
+    """As reference.coordinates, operation by operation."""
+    step = (o.to(tl.float64) + 0.5) * axis[5] - 0.5
+    x = (start + step + 0.5) * axis[7] - 0.5
     if BORDER:
         x = tl.where(x < 0, 0.0, x)
         x = tl.where(x > size - 1, size - 1.0, x)
@@ -47,9 +75,17 @@ def _pair(x, size):
 
 
 @triton.jit
+def _entry(table, k, pointer):
+    """Where ROI k's samples lie, and the first channel that it reads."""
+    return tl.load(table + 2 * k).to(pointer.dtype), tl.load(table + 2 * k + 1)
+
+
+@triton.jit
 def forward_kernel(
     source,
     centers,
+    geometry,
+    table,
     result,
     samples,
     channels,
@@ -64,20 +100,22 @@ def forward_kernel(
     result_k,
     result_c,
     result_v,
-    roi_z,
-    roi_y,
-    roi_x,
-    out_z,
-    out_y,
-    out_x,
-    scale_z: tl.float64,
-    scale_y: tl.float64,
-    scale_x: tl.float64,
+    TABLE: tl.constexpr,
     BORDER: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     k = tl.program_id(2).to(tl.int64)
+    group = k if TABLE else k * 0
+    along_z, along_y, along_x = _axis(geometry, group, 0), _axis(geometry, group, 1), _axis(geometry, group, 2)
+    out_z, out_y, out_x = along_z[0], along_y[0], along_x[0]
+    if TABLE:
+        into, channel = _entry(table, k, result)
+        source += channel * source_c
+        # 0: channels first, each as long as the ROI
+        stride_c = result_c if result_c else (out_z * out_y * out_x).to(result_c.dtype)
+    else:
+        into, stride_c = result + k * result_k, result_c
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     # Divisions in 32 bits: in 64 they are calls. The launcher refuses larger volumes.
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -86,9 +124,9 @@ def forward_kernel(
     sample = tl.load(center).to(tl.float64)
     known = (sample >= 0) & (sample < samples)
     n = tl.where(known, sample, 0.0).to(tl.int64)
-    z = _position(tl.load(center + 1).to(tl.float64), v // (out_y * out_x), roi_z, out_z, scale_z, depth, BORDER)
-    y = _position(tl.load(center + 2).to(tl.float64), v // out_x % out_y, roi_y, out_y, scale_y, height, BORDER)
-    x = _position(tl.load(center + 3).to(tl.float64), v % out_x, roi_x, out_x, scale_x, width, BORDER)
+    z = _position(_start(tl.load(center + 1), along_z), v // (out_y * out_x), along_z, depth, BORDER)
+    y = _position(_start(tl.load(center + 2), along_y), v // out_x % out_y, along_y, height, BORDER)
+    x = _position(_start(tl.load(center + 3), along_x), v % out_x, along_x, width, BORDER)
     z_index, z_low, z_high = _pair(z, depth)
     z_low, z_high = tl.where(known, z_low, 0.0), tl.where(known, z_high, 0.0)
     y_index, y_low, y_high = _pair(y, height)
@@ -105,25 +143,22 @@ def forward_kernel(
         read = inside & (weight != 0)[None, :]
         value = tl.load(first + place[None, :], mask=read, other=0.0).to(tl.float32)
         total += tl.where(read, value * weight[None, :], 0.0)
-    into = result + k * result_k + c[:, None] * result_c + v.to(tl.int64)[None, :] * result_v
+    into += c[:, None] * stride_c + v.to(tl.int64)[None, :] * result_v
     tl.store(into, total.to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _reach(center, roi, out, scale: tl.float64, size, BORDER: tl.constexpr):
-    """Where to look for the first sample, the distance of two, its inverse, and how many may read one voxel."""
-    first = _position(center, tl.full((), 0, tl.int64), roi, out, scale, size, False)
-    step = roi.to(tl.float64) / out * scale
-    whole = (step == 1) & (tl.floor(first) == first)
-    count = tl.minimum(tl.ceil(2 / step).to(tl.int64) + 1, out)
-    if BORDER:
-        # The voxels at the border are read from everywhere outside.
-        count = out + 0 * count
-    else:
+def _reach(start, axis, size, BORDER: tl.constexpr):
+    """Where to look for the first sample, the distance of two, and how many may read one voxel."""
+    out, count, _half, _margin, _limit, bins, _per_voxel, scale = axis
+    first = _position(start, tl.full((), 0, tl.int64), axis, size, False)
+    step = bins * scale
+    if not BORDER:
+        whole = (step == 1) & (tl.floor(first) == first)
         count = tl.where(whole, 1, count)
         # The sample before the only one of those that lie on voxels has weight 0.
         first = tl.where(whole, first - 1, first)
-    return first, step, 1 / step, count
+    return first, step * (out - 1), count
 
 
 @triton.jit
@@ -137,19 +172,22 @@ def _reader(v, i, first, per_voxel, BORDER: tl.constexpr):
 
 
 @triton.jit
-def _weight(v, o, center, roi, out, scale: tl.float64, size, BORDER: tl.constexpr):
-    index, low, high = _pair(_position(center, o, roi, out, scale, size, BORDER), size)
+def _weight(v, o, start, axis, size, BORDER: tl.constexpr):
+    index, low, high = _pair(_position(start, o, axis, size, BORDER), size)
     weight = tl.where(index == v, low, tl.where(index + 1 == v, high, 0.0))
-    return tl.where((o >= 0) & (o < out), weight, 0.0)
+    return tl.where((o >= 0) & (o < axis[0]), weight, 0.0)
 
 
 @triton.jit
 def backward_kernel(
     grad,
     centers,
+    geometry,
+    table,
     total,
     result,
     rois,
+    reads,
     channels,
     depth,
     height,
@@ -160,15 +198,7 @@ def backward_kernel(
     result_n,
     result_c,
     result_v,
-    roi_z,
-    roi_y,
-    roi_x,
-    out_z,
-    out_y,
-    out_x,
-    scale_z: tl.float64,
-    scale_y: tl.float64,
-    scale_x: tl.float64,
+    TABLE: tl.constexpr,
     ADD: tl.constexpr,
     BORDER: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -190,28 +220,37 @@ def backward_kernel(
         number = k + tl.full((), 0, tl.int64)
         center = centers + 4 * number
         sample = tl.load(center).to(tl.float64)
-        center_z = tl.load(center + 1).to(tl.float64)
-        center_y = tl.load(center + 2).to(tl.float64)
-        center_x = tl.load(center + 3).to(tl.float64)
-        first_z, step_z, per_z, count_z = _reach(center_z, roi_z, out_z, scale_z, depth, BORDER)
-        first_y, _step_y, per_y, count_y = _reach(center_y, roi_y, out_y, scale_y, height, BORDER)
-        first_x, _step_x, per_x, count_x = _reach(center_x, roi_x, out_x, scale_x, width, BORDER)
-        near = (high_z.to(tl.float64) > first_z - 1) & (low_z.to(tl.float64) < first_z + step_z * (out_z - 1) + 2)
+        group = number if TABLE else number * 0
+        along_z, along_y, along_x = _axis(geometry, group, 0), _axis(geometry, group, 1), _axis(geometry, group, 2)
+        start_z = _start(tl.load(center + 1), along_z)
+        start_y = _start(tl.load(center + 2), along_y)
+        start_x = _start(tl.load(center + 3), along_x)
+        first_z, length_z, count_z = _reach(start_z, along_z, depth, BORDER)
+        first_y, _length_y, count_y = _reach(start_y, along_y, height, BORDER)
+        first_x, _length_x, count_x = _reach(start_x, along_x, width, BORDER)
+        near = (high_z.to(tl.float64) > first_z - 1) & (low_z.to(tl.float64) < first_z + length_z + 2)
         if BORDER:
             near = near | (low_z == 0) | (high_z >= depth - 1)
         if (tl.floor(sample) == n.to(tl.float64)) & near:
-            owed = grad + number * grad_k + c[:, None] * grad_c
+            if TABLE:
+                owed, channel = _entry(table, number, grad)
+                stride_c = grad_c if grad_c else (along_z[0] * along_y[0] * along_x[0]).to(grad_c.dtype)
+                owed += (c - channel)[:, None] * stride_c
+                readers = inside & ((c >= channel) & (c < channel + reads))[:, None]
+            else:
+                owed, readers = grad + number * grad_k + c[:, None] * grad_c, inside
             for i in range(count_z):
-                oz = _reader(z, i, first_z, per_z, BORDER)
-                wz = _weight(z, oz, center_z, roi_z, out_z, scale_z, depth, BORDER)
+                oz = _reader(z, i, first_z, along_z[6], BORDER)
+                wz = _weight(z, oz, start_z, along_z, depth, BORDER)
                 for j in range(count_y):
-                    oy = _reader(y, j, first_y, per_y, BORDER)
-                    wy = wz * _weight(y, oy, center_y, roi_y, out_y, scale_y, height, BORDER)
+                    oy = _reader(y, j, first_y, along_y[6], BORDER)
+                    wy = wz * _weight(y, oy, start_y, along_y, height, BORDER)
                     for m in range(count_x):
-                        ox = _reader(x, m, first_x, per_x, BORDER)
-                        weight = wy * _weight(x, ox, center_x, roi_x, out_x, scale_x, width, BORDER)
-                        o = (oz * out_y + oy) * out_x + ox
-                        read = inside & (weight != 0)[None, :]
+                        ox = _reader(x, m, first_x, along_x[6], BORDER)
+                        weight = wy * _weight(x, ox, start_x, along_x, width, BORDER)
+                        o = (oz * along_y[0] + oy) * along_x[0] + ox
+                        # A voxel beyond the last lies in no plane, and nothing reads it.
+                        read = readers & (weight != 0)[None, :]
                         value = tl.load(owed + o[None, :] * grad_v, mask=read, other=0.0).to(tl.float32)
                         sums += tl.where(read, value * weight[None, :], 0.0)
     tl.store(result + place, sums.to(result.dtype.element_ty), mask=inside)
@@ -229,33 +268,38 @@ def forward(
     """As `reference.roi_gather3d.forward`."""
     boxes = Boxes(centers.contiguous(), roi_size, output_size, scales, channels, border)
     outputs = empty_outputs(sources, boxes)
-    for group, (rois, out) in enumerate(zip(boxes.groups(), outputs, strict=True)):
-        first = 0
-        for i, source in enumerate(sources):
-            part = _part(boxes, i, source, rois.start)
-            into = out[:, first : first + part.shape[1]]
-            first += part.shape[1]
-            if into.numel() == 0 or part.shape[0] == 0:
-                into.zero_()
-                continue
-            grid = (triton.cdiv(out[0, 0].numel(), BLOCK_V), triton.cdiv(part.shape[1], BLOCK_C), out.shape[0])
-            roi, size = boxes.sizes(group)
-            with _on(source):
-                forward_kernel[grid](
-                    part,
-                    boxes.centers[rois],
-                    into,
-                    *part.shape,
-                    *part.stride(),
-                    *_dense_strides(into),
-                    *roi,
-                    *size,
-                    *scales[3 * i : 3 * i + 3],
-                    BORDER=border,
-                    BLOCK_C=BLOCK_C,
-                    BLOCK_V=BLOCK_V,
-                    num_warps=WARPS,
-                )
+    if not outputs or not len(centers):
+        return outputs
+    voxel = outputs[0].shape[1] if is_channels_last(sources[0]) else 1
+    first = 0
+    for i, source in enumerate(sources):
+        reads = boxes.width(i, source.shape[1])
+        parts = [out[:, first : first + reads] for out in outputs]
+        first += reads
+        voxels = max(part.shape[2:].numel() for part in parts)
+        if not source.shape[0] or not reads or not voxels:
+            for part in parts:
+                part.zero_()
+            continue
+        with _on(source):
+            table, strides = _rois(boxes, i, parts, voxel)
+            forward_kernel[triton.cdiv(voxels, BLOCK_V), triton.cdiv(reads, BLOCK_C), len(centers)](
+                source,
+                boxes.centers,
+                _geometry(boxes, i, source),
+                table,
+                parts[0],
+                source.shape[0],
+                reads,
+                *source.shape[2:],
+                *source.stride(),
+                *strides,
+                TABLE=table is not None,
+                BORDER=border,
+                BLOCK_C=BLOCK_C,
+                BLOCK_V=BLOCK_V,
+                num_warps=WARPS,
+            )
     return outputs
 
 
@@ -273,28 +317,34 @@ def backward(
     channels_last: Sequence[int],
     border: bool,
 ) -> list[Tensor]:
-    """As `reference.roi_gather3d.backward`, for one size of ROI."""
+    """As `reference.roi_gather3d.backward`."""
     boxes = Boxes(centers.contiguous(), roi_size, output_size, scales, channels, border)
     results = empty_gradients(grads, centers, shapes, dtypes, channels_last)
-    (grad,) = (_dense(grad) for grad in grads)
+    last = any(is_channels_last(grad) for grad in grads)
+    layout = torch.channels_last_3d if last else torch.contiguous_format
+    grads = [grad.contiguous(memory_format=layout) for grad in grads]
+    voxel = grads[0].shape[1] if last else 1
     for i, result in enumerate(results):
         if result.numel() == 0:
             continue
-        owed = grad[:, first_channels[i] : first_channels[i] + result.shape[1]]
+        first, reads = first_channels[i], boxes.width(i, result.shape[1])
+        parts = [grad[:, first : first + reads] for grad in grads]
         grid = (triton.cdiv(result[0, 0].numel(), BLOCK_V), triton.cdiv(result.shape[1], BLOCK_C), result.shape[0])
         with _on(result):
+            table, strides = _rois(boxes, i, parts, voxel)
             backward_kernel[grid](
-                owed,
+                parts[0],
                 boxes.centers,
+                _geometry(boxes, i, result),
+                table,
                 bases[i] if bases else result,
                 result,
-                owed.shape[0],
+                len(centers),
+                reads,
                 *result.shape[1:],
-                *_dense_strides(owed),
+                *strides,
                 *_dense_strides(result),
-                *boxes.roi_size,
-                *boxes.output_size,
-                *scales[3 * i : 3 * i + 3],
+                TABLE=table is not None,
                 ADD=bool(bases),
                 BORDER=border,
                 BLOCK_C=BLOCK_C,
@@ -304,14 +354,46 @@ def backward(
     return results
 
 
-def _part(boxes: Boxes, i: int, source: Tensor, roi: int) -> Tensor:
-    """The channels that a group of ROIs reads."""
-    return source.narrow(1, max(boxes.channel(i, roi), 0), boxes.width(i, source.shape[1]))
+def _geometry(boxes: Boxes, i: int, source: Tensor) -> Tensor:
+    """On the device, for every output and axis: what kernels need of sizes and scales, so that they divide by none."""
+    scales = tuple(boxes.scales[3 * i : 3 * i + 3])
+    return _geometry_of(
+        tuple(boxes.roi_size), tuple(boxes.output_size), scales, source.shape[2:], boxes.border, source.device
+    )
 
 
-def _dense(x: Tensor) -> Tensor:
-    layout = torch.channels_last_3d
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=layout) else x.contiguous()
+@functools.lru_cache(maxsize=64)
+def _geometry_of(
+    roi_size: tuple[int, ...],
+    output_size: tuple[int, ...],
+    scales: tuple[float, ...],
+    shape: torch.Size,
+    border: bool,
+    device: torch.device,
+) -> Tensor:
+    rows = []
+    for roi, out, scale, size in zip(roi_size, output_size, itertools.cycle(scales), itertools.cycle(shape)):
+        margin, bins = roi + 2 + 2 / scale, roi / out
+        # The voxels at the border are read from everywhere outside.
+        count = out if border else min(math.ceil(2 / (bins * scale)) + 1, out)
+        rows.append((out, count, roi // 2, margin, size / scale + margin, bins, 1 / (bins * scale), scale))
+    return torch.tensor(rows, dtype=torch.float64).to(device)
+
+
+def _rois(boxes: Boxes, i: int, parts: Sequence[Tensor], voxel: int) -> tuple[Tensor | None, Sequence[int]]:
+    """The table of ROIs that are tensors of their own, else None; strides by ROI, channel and voxel.
+
+    Args:
+        boxes: all ROIs.
+        i: number of the source that they read.
+        parts: its channels of every output, or of their gradients; all in one layout.
+        voxel: how far apart their voxels are, in elements; 1 where channels come first.
+    """
+    if len(parts) == 1 and not boxes.channels:
+        return None, _dense_strides(parts[0])
+    rows = [(part.data_ptr(), max(boxes.channel(i, k), 0)) for k, part in enumerate(parts)]
+    strides = (0, 0, 1) if voxel == 1 else (0, 1, voxel)
+    return torch.tensor(rows, dtype=torch.int64).to(parts[0].device, non_blocking=True), strides
 
 
 def _dense_strides(x: Tensor) -> tuple[int, int, int]:
