@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-# Drawing tensors of many sizes is no fault of a test, and a first call of the vendor's library is slow.
-_patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-settings.register_profile("quick", _patient, max_examples=200, derandomize=True)
-settings.register_profile("nightly", _patient, max_examples=5000, print_blob=True)
-settings.load_profile("quick")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # on a machine with a GPU and little else, whose tests draw nothing
+    pass
+else:
+    # Drawing tensors of many sizes is no fault of a test, and a first call of the vendor's library is slow.
+    _patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    settings.register_profile("quick", _patient, max_examples=200, derandomize=True)
+    settings.register_profile("nightly", _patient, max_examples=5000, print_blob=True)
+    settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True, scope="session")
