@@ -1,6 +1,7 @@
 # make demo   train, predict and evaluate on synthetic cases, on a CPU
 # make test   all tests that need no GPU
 # make nightly  the long tests: thousands of drawn cases, mutated files, kills and steps (docs/reliability.md)
+# make sanitize  the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint   ruff and mypy
 # make docs   the documentation as a web site in site/
 # make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network;
@@ -24,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Tests of Triton kernels, run by Triton's interpreter in a process of their own.
 INTERPRETED := $(wildcard tests/test_*_triton.py) tests/test_channelwise.py
 
-.PHONY: demo test nightly lint docs gpu clean setup lock licences check-abi
+.PHONY: demo test nightly sanitize lint docs gpu clean setup lock licences check-abi
 
 demo: setup
 	$(VENV)/bin/python -m focusnet.demo demo
@@ -36,6 +37,11 @@ test: setup
 nightly: setup
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) -m nightly -rP tests
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n $(JOBS) --hypothesis-profile nightly --durations 0 tests/test_properties.py
+
+# The C++ kernels' own tests, and drawn cases of every op. torch.compile does not come back under the sanitizers.
+sanitize: setup
+	$(ONE_THREAD) tools/sanitize.sh $(VENV)/bin/python -m "not gpu and not large and not nightly" -k "not compile" \
+	    $(patsubst csrc/%.cpp,tests/test_%.py,$(wildcard csrc/*.cpp)) tests/test_properties.py
 
 lint: setup
 	$(VENV)/bin/ruff check .
