@@ -2,8 +2,8 @@
 
 `PlainUNet` stands for yours: convolutions, `InstanceNorm3d`, `LeakyReLU`. `fuse_norm_act` swaps each norm and its
 activation for one fused module on the same parameters, so that old checkpoints load and the output stays the same;
-`FocalDiceLoss` takes the logits and integer labels as they are, without softmax or one-hot copies. What each saves is
-measured in docs/benchmarks.md. Run it: `python examples/add_to_your_net.py`.
+`FocalDiceLoss` takes the logits and integer labels as they are, without softmax or one-hot copies. `python -m bench`
+measures what each saves. Run it: `python examples/add_to_your_net.py`.
 """
 
 import torch
@@ -35,7 +35,7 @@ class PlainUNet(nn.Module):
         return self.decoder(torch.cat([skip, up], dim=1))
 
 
-def train(steps: int = 20, size: int = 24) -> list[float]:
+def train(steps: int = 60, size: int = 24) -> list[float]:
     """Learn to find a bright cube; returns the loss of every step."""
     torch.manual_seed(0)
     labels = torch.zeros(2, size, size, size, dtype=torch.uint8)
@@ -44,7 +44,7 @@ def train(steps: int = 20, size: int = 24) -> list[float]:
 
     network = fuse_norm_act(PlainUNet(classes=2))
     loss_function = FocalDiceLoss(gamma=2.0, include_background=False)
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()

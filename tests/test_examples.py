@@ -202,3 +202,10 @@ def test_nnunet_loss(deep_supervision: bool) -> None:
     labels = [torch.randint(0, 3, (2, 1, *size)) for size in sizes]
     arguments = (logits, labels) if deep_supervision else (logits[0], labels[0])
     torch.testing.assert_close(ours(*arguments), theirs(*arguments), rtol=1e-5, atol=1e-6)
+
+
+def test_nnunet_finds_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = pytest.importorskip("nnunetv2.utilities.find_objects", reason="nnunetv2 is not installed")
+    monkeypatch.setenv("nnUNet_extTrainer", str(EXAMPLES / "nnunet"))
+    trainer = find.recursive_find_trainer_class_by_name("FocusTrainer")
+    assert trainer.__name__ == "FocusTrainer"
