@@ -265,6 +265,7 @@ def test_an_empty_label_map_is_written(tmp_path: Path) -> None:
     write_seg(tmp_path / "seg.dcm", slices, nothing, ORGANS)
     write_rtstruct(tmp_path / "rtstruct.dcm", slices, nothing, ORGANS)
     assert not read_seg(tmp_path / "seg.dcm", UPRIGHT).any()
+    assert pydicom.dcmread(tmp_path / "seg.dcm").NumberOfFrames == len(ORGANS)  # not of every slice
     assert len(pydicom.dcmread(tmp_path / "rtstruct.dcm").StructureSetROISequence) == 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+from scipy.ndimage import find_objects
 from scipy.spatial.distance import cdist
 
 from ..errors import FocusNetError
@@ -89,6 +90,9 @@ def write_seg(path: Path, slices: "list[Dataset]", labels: np.ndarray, organs: d
     from pydicom.uid import generate_uid
 
     _check_shape(slices, labels)
+    found = bool(labels.any())
+    if not found:  # a SEG has a frame at least, and highdicom would write all of them
+        slices, labels = slices[:1], labels[:1]
     try:
         segmentation = Segmentation(
             slices,
@@ -103,6 +107,7 @@ def write_seg(path: Path, slices: "list[Dataset]", labels: np.ndarray, organs: d
             manufacturer_model_name=MAKER,
             software_versions=version("focuskernels"),
             device_serial_number="0",
+            omit_empty_frames=found,
             content_label="ORGANS",
             series_description=f"{MAKER} organs",
         )
@@ -142,14 +147,14 @@ def write_rtstruct(path: Path, slices: "list[Dataset]", labels: np.ndarray, orga
     ds.StructureSetLabel, ds.ApprovalStatus = MAKER, "UNAPPROVED"
     ds.ReferencedFrameOfReferenceSequence = [_referenced_frame(slices)]
     ds.StructureSetROISequence, ds.ROIContourSequence, ds.RTROIObservationsSequence = [], [], []
+    boxes = dict(enumerate(find_objects(labels), start=1))
     for number, name in organs.items():
-        mask = labels == number
-        if mask.any():
+        if box := boxes.get(number):
             roi, contours, observation = Dataset(), Dataset(), Dataset()
             roi.ROINumber, roi.ReferencedFrameOfReferenceUID = number, first.FrameOfReferenceUID
             roi.ROIName, roi.ROIGenerationAlgorithm = name, "AUTOMATIC"
             contours.ROIDisplayColor, contours.ReferencedROINumber = list(organ_color(name)), number
-            contours.ContourSequence = list(_contour_items(mask, slices))
+            contours.ContourSequence = list(_contour_items(labels[box] == number, box, slices))
             observation.ObservationNumber = observation.ReferencedROINumber = number
             observation.RTROIInterpretedType, observation.ROIInterpreter = "ORGAN", None
             ds.StructureSetROISequence.append(roi)
@@ -236,18 +241,22 @@ def _reference(source: "Dataset") -> "Dataset":
     return reference
 
 
-def _contour_items(mask: np.ndarray, slices: "list[Dataset]") -> "Iterator[Dataset]":
+def _contour_items(mask: np.ndarray, box: tuple[slice, slice, slice], slices: "list[Dataset]") -> "Iterator[Dataset]":
+    from pydicom.dataelem import RawDataElement
     from pydicom.dataset import Dataset
+    from pydicom.tag import Tag
 
-    for index in np.flatnonzero(mask.any(axis=(1, 2))):
-        source = slices[index]
+    for plane, source in zip(mask, slices[box[0]], strict=True):
         along_x, along_y = np.reshape(np.array(source.ImageOrientationPatient, float), (2, 3))
         row_mm, column_mm = map(float, source.PixelSpacing)
-        for points in contours(mask[index]):
-            item = Dataset()
-            mm = points[:, :1] * column_mm * along_x + points[:, 1:] * row_mm * along_y
-            mm += np.array(source.ImagePositionPatient, float)
+        for points in contours(plane):
+            x, y = points[:, :1] + box[2].start, points[:, 1:] + box[1].start
+            mm = np.array(source.ImagePositionPatient, float) + x * column_mm * along_x + y * row_mm * along_y
+            text = "\\".join(f"{value:.4f}" for value in mm.ravel()).encode()
+            text += b" " * (len(text) % 2)
+            item, tag = Dataset(), Tag("ContourData")
             item.ContourImageSequence, item.ContourGeometricType = [_reference(source)], "CLOSED_PLANAR"
             item.NumberOfContourPoints = len(mm)
-            item.ContourData = [f"{value:.4f}" for value in mm.ravel()]
+            # as it will lie in the file: pydicom takes most of a minute to check a patient's million numbers
+            item[tag] = RawDataElement(tag, "DS", len(text), text, 0, False, True)
             yield item
