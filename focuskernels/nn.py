@@ -1,10 +1,11 @@
 """Modules over the functions of this package: they hold parameters, the functions compute."""
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._arguments import triple
@@ -15,6 +16,7 @@ from .norm_act import Activation, Norm, check_names, group_count, norm_act, reco
 from .roi_align3d import roi_align_3d
 from .roi_gather3d import check_padding, roi_gather_3d
 from .se_residual import se_residual
+from .up_cat_conv3d import up_cat_conv3d
 
 __all__ = [
     "DenseASPP3d",
@@ -25,6 +27,7 @@ __all__ = [
     "ROIGather3d",
     "SEResBlock3d",
     "SEResidual3d",
+    "UpSEResBlock3d",
     "convert_sync_norm",
 ]
 
@@ -93,24 +96,28 @@ class NormAct3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> (N, C, D, H, W)."""
+        self.count_batch()
+        statistics: dict[str, Any] = {"running_mean": self.running_mean, "running_var": self.running_var}
+        return norm_act(x, self.weight, self.bias, **statistics, **self.options())
+
+    def count_batch(self) -> None:
+        """What every forward pass of a batch norm does in training."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `norm_act` but for tensors."""
         shared = self.sync and self.training and dist.is_available() and dist.is_initialized()
-        return norm_act(
-            x,
-            self.weight,
-            self.bias,
-            norm=self.norm,
-            num_groups=self.num_groups,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            process_group=dist.group.WORLD if shared else None,
-        )
+        return {
+            "norm": self.norm,
+            "num_groups": self.num_groups,
+            "training": self.training,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+            "process_group": dist.group.WORLD if shared else None,
+        }
 
     def extra_repr(self) -> str:
         """The arguments that matter to a reader of the model."""
@@ -220,6 +227,26 @@ class SEResBlock3d(nn.Module):
         if isinstance(self.shortcut, nn.Sequential):
             x = _conv_of_norm(self.shortcut[1], self.shortcut[0], x)
         return self.se(h, x)
+
+
+class UpSEResBlock3d(SEResBlock3d):
+    """`SEResBlock3d` of upsampled features beside those of a finer resolution: the entry of a U-Net's decoder level.
+
+    The same parameters and values as upsampling, `torch.cat([upsampled, skip], dim=1)` and `SEResBlock3d`, whose
+    `in_channels` counts both. But the wide map is computed some channels at a time, in backward again, so that neither
+    it nor its norm is ever there (`up_cat_conv3d`). Group norm and `torch.compile` take the ordinary way.
+    """
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, A, d, h, w), (N, in_channels - A, D, H, W) -> (N, out_channels, D, H, W)."""
+        if self.norm1.norm == "group" or isinstance(self.shortcut, nn.Identity) or torch.compiler.is_compiling():
+            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
+            return super().forward(torch.cat([x, skip], dim=1))
+        layers: list[Any] = [(self.norm1, self.conv1), tuple(self.shortcut.children())]
+        for norm, _ in layers:
+            norm.count_batch()
+        h, residual = up_cat_conv3d(x, skip, layers)
+        return self.se(_conv_of_norm(self.conv2, self.norm2, h), residual)
 
 
 def _conv_of_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:

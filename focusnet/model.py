@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focuskernels import heatmap_argmax_3d, roi_gather_each_3d
-from focuskernels.nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d
+from focuskernels.nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, UpSEResBlock3d
 from focuskernels.reference.nn import to_reference
 
 from .config import ModelConfig, Triple
@@ -54,7 +54,8 @@ class SNet(nn.Module):
         self.context, width = _context(config, width)
         self.decoder = nn.ModuleList()
         for widths in reversed(config.widths[:-1]):
-            self.decoder.append(_block(config, width + widths[-1], widths[-1]))
+            block = UpSEResBlock3d(width + widths[-1], widths[-1], reduction=config.se_reduction, norm=config.norm)
+            self.decoder.append(_by_backend(config, block))
             width = widths[-1]
         self.head = _head(config, width, classes)
         self.feature_channels = width
@@ -73,8 +74,7 @@ class SNet(nn.Module):
         x = self.context(x)
         for block in self.decoder:
             skip = skips.pop()
-            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
-            stem, x = skip, block(torch.cat([x, skip], dim=1))
+            stem, x = skip, block(x, skip)
         return SNetOutput(self.head(x), x, stem)
 
 

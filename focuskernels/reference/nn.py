@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, SEResidual3d
+from ..nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, SEResidual3d, UpSEResBlock3d
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,6 +66,16 @@ class PlainSEResBlock(SEResBlock3d):
         return self.se(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(x))
 
 
+class PlainUpSEResBlock(UpSEResBlock3d):
+    """Upsampling, concatenation, then one stock module after the other."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """See `UpSEResBlock3d`."""
+        x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
+        x = torch.cat([x, skip], dim=1)
+        return self.se(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(x))
+
+
 class PlainDenseASPP(DenseASPP3d):
     """Concatenates before every branch."""
 
@@ -81,6 +91,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     DilatedConv3d: PlainConv,
     SEResidual3d: PlainSEResidual,
     SEResBlock3d: PlainSEResBlock,
+    UpSEResBlock3d: PlainUpSEResBlock,
     DenseASPP3d: PlainDenseASPP,
 }
 
