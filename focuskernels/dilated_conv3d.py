@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import onednn
 from ._arguments import cast_for_autocast, require_float, triple
 from ._lib import Kernel, define, forbid_double_backward, layout_of, log, triton_missing
 from .reference import dilated_conv3d as reference
@@ -173,7 +174,7 @@ forward_op = define(
     op="dilated_conv3d",
     reference=reference.forward,
     fake=_fake_forward,
-    cpu=[_vendor(reference.forward)],
+    cpu=[_vendor(onednn.forward)],
     cuda=[_triton_or_vendor("forward", reference.forward, lambda x, weight, *_: (x, weight))],
 )
 grad_input_op = define(
@@ -181,7 +182,7 @@ grad_input_op = define(
     op="dilated_conv3d",
     reference=reference.grad_input,
     fake=_fake_grad_input,
-    cpu=[_vendor(reference.grad_input)],
+    cpu=[_vendor(onednn.grad_input)],
     cuda=[_triton_or_vendor("grad_input", reference.grad_input, lambda g, weight, *_: (g, weight.transpose(0, 1)))],
 )
 grad_weight_op = define(
@@ -190,6 +191,6 @@ grad_weight_op = define(
     op="dilated_conv3d",
     reference=reference.grad_weight,
     fake=_fake_grad_weight,
-    cpu=[_vendor(reference.grad_weight)],
+    cpu=[_vendor(onednn.grad_weight)],
     cuda=[_triton_or_vendor("grad_weight", reference.grad_weight, lambda g, x, weight, *_: (x, weight, g))],
 )

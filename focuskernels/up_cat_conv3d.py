@@ -1,6 +1,7 @@
 """Normalised convolutions of upsampled features beside others, which are never there all at once: a decoder's entry."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,10 +25,10 @@ LEAST = 32
 def up_cat_conv3d(x: Tensor, skip: Tensor, layers: "Sequence[tuple[NormAct3d, DilatedConv3d]]") -> list[Tensor]:
     """Convolve norm-activation of `torch.cat([upsampled x, skip], dim=1)`, for several pairs of norm and convolution.
 
-    Upsampling, concatenation and normalisation are per channel, and a convolution is a sum over channels. So they run for
-    some channels after the other, and backward runs them again, but for the convolutions: what is kept is `x` and
-    `skip`. Of the wide map some channels are there at a time, instead of all, three times over. Each layer pays with a
-    pass over its output per piece.
+    Upsampling, concatenation and normalisation are per channel, and a convolution is a sum over channels. So they run
+    for some channels after the other, and backward runs them again, but for the convolutions: what is kept is `x` and
+    `skip`. Of the wide map some channels are there at a time, instead of all, three times over. Each layer pays with
+    a pass over its output per piece.
 
     Args:
         x: (N, A, d, h, w), floating point; upsampled as by `F.interpolate(mode="trilinear", align_corners=False)`.
@@ -84,12 +85,12 @@ class _UpCatConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor, layers: Sequence[_Layer], *parameters: Tensor) -> tuple[Tensor, ...]:
         device = skip.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else skip.dtype
-        dtype = skip.dtype if skip.dtype == torch.float64 else dtype
+        casts = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casts and skip.dtype != torch.float64 else skip.dtype
         ctx.save_for_backward(x, skip, *parameters)
         ctx.layers, ctx.dtype = layers, dtype
         sums: list[Tensor] = []
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             for channels, piece in _pieces(x, skip):
                 u = _at_size_of(skip, piece)
                 for i, (layer, (gamma, beta, weight)) in enumerate(zip(layers, _triples(parameters), strict=True)):

@@ -66,9 +66,8 @@ class SNet(nn.Module):
         x = self.encoder[0](self.stem(_channels_last(image)).contiguous(memory_format=torch.channels_last_3d))
         skips = [x]
         for stride, blocks in zip(self.strides, self.encoder[1:], strict=True):
-            with torch.autocast(x.device.type, enabled=False):  # which would pool in float32 on the CPU
-                x = F.max_pool3d(x, stride, ceil_mode=True)
-            x = blocks(x)
+            # autocast on the CPU pools in float32
+            x = blocks(F.max_pool3d(x, stride, ceil_mode=True).to(x.dtype))
             skips.append(x)
         skips.pop()
         x = self.context(x)

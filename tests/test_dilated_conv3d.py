@@ -169,3 +169,28 @@ def test_second_derivative_is_refused() -> None:
     y = dilated_conv3d(x, torch.randn(3, 2, 3, 3, 3))
     with pytest.raises(RuntimeError, match="dilated_conv3d has no second derivative"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "dilation"),
+    [((4, 7, 6, 5), 3, (1, 2, 3)), ((3, 1, 9, 4), (1, 3, 3), (1, 1, 1)), ((2, 4, 1, 1), 3, (6, 6, 6))],
+)
+def test_small_maps_are_not_unfolded(
+    layout: torch.memory_format, shape: tuple[int, ...], kernel: int | tuple[int, int, int], dilation: tuple[int, ...]
+) -> None:
+    """Of one sample of a small map, PyTorch's own choice is a loop that unfolds it tap by tap."""
+    conv = torch.nn.Conv3d(shape[0], 5, kernel, padding="same", dilation=dilation)
+    x = torch.randn(1, *shape).contiguous(memory_format=layout)
+    weight, bias = conv.weight.detach().contiguous(memory_format=layout), conv.bias
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    with torch.profiler.profile() as profile:
+        y = dilated_conv3d(*inputs, dilation)
+        grads = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    assert not [event.key for event in profile.key_averages() if "slow_conv" in event.key]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = by_shifts(*exact, dilation)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for actual, wanted in zip(grads, torch.autograd.grad(expected, exact, torch.ones_like(expected)), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-4)

@@ -25,13 +25,20 @@ def grad_input(grad: Tensor, weight: Tensor, dilation: Sequence[int]) -> Tensor:
 
 def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, dilation: Sequence[int], bias: bool) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias (empty without one); of `weight` only shape and layout are looked at."""
+    return padded_grad_weight(grad, x, weight, dilation, padding(weight, dilation), bias)
+
+
+def padded_grad_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: Sequence[int], around: Sequence[int], bias: bool
+) -> tuple[Tensor, Tensor]:
+    """As `grad_weight`, with a number of zeros around each axis of `x`."""
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
         x,
         weight,
         [weight.shape[0]] if bias else None,
         [1, 1, 1],
-        padding(weight, dilation),
+        around,
         dilation,
         False,
         [0, 0, 0],
