@@ -17,7 +17,7 @@ _SMALL = 20480
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[int]) -> Tensor:
     """As `reference.forward`."""
-    if not _passed_over(x, weight):
+    if not _passed_over(x):
         return reference.forward(x, weight, bias, dilation)
     y = torch.mkldnn_convolution(x, weight, bias, reference.padding(weight, dilation), [1, 1, 1], list(dilation), 1)
     return y.contiguous(memory_format=reference.output_layout(x, weight))
@@ -30,7 +30,7 @@ def grad_input(grad: Tensor, weight: Tensor, dilation: Sequence[int]) -> Tensor:
 
 def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, dilation: Sequence[int], bias: bool) -> tuple[Tensor, Tensor]:
     """As `reference.grad_weight`; a small map becomes two halves, since two samples are not passed over."""
-    if not _passed_over(x, weight):
+    if not _passed_over(x):
         return reference.grad_weight(grad, x, weight, dilation, bias)
     around = reference.padding(weight, dilation)
     axis = min(range(3), key=lambda a: around[a] / x.shape[2 + a])  # that has the least to read twice
@@ -45,11 +45,10 @@ def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, dilation: Sequence[int]
     return reference.padded_grad_weight(grads, maps, weight, dilation, around, bias)
 
 
-def _passed_over(x: Tensor, weight: Tensor) -> bool:
+def _passed_over(x: Tensor) -> bool:
     if x.dtype != torch.float32 or x.shape[0] != 1 or x.shape[:4].numel() > _SMALL:
         return False
-    # There is nothing to unfold for a kernel of one tap.
-    return weight.shape[2:].numel() > 1 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _padded(x: Tensor, axis: int, before: int, behind: int) -> Tensor:

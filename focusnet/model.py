@@ -42,7 +42,7 @@ class SNet(nn.Module):
             )
         self.strides = config.downsampling
         width = config.widths[0][0]
-        self.stem = nn.Conv3d(1, width, config.stem_kernel, padding="same", bias=False)
+        self.stem = _by_backend(config, DilatedConv3d(1, width, config.stem_kernel))
         self.encoder = nn.ModuleList()
         for level, widths in enumerate(config.widths):
             kernel = config.stem_kernel if level == 0 else (3, 3, 3)
