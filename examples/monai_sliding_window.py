@@ -1,10 +1,11 @@
 """S-Net, the segmentation network of FocusNet, trained and run with MONAI's transforms and `SlidingWindowInferer`.
 
 `Segmenter` returns the logits alone, as MONAI expects; its weights have the names of `focusnet.model.SNet`.
-The CT is a synthetic head (`focusnet.phantom`), so that the example needs no data and a minute on a CPU. It shows how the
-parts fit, not how well they segment: after that minute the Dice score of the unseen phantom is low, 0.03 to 0.23, and
-more steps alone did not raise it. For your CTs, put `LoadImaged` in front of the transforms. To have small organs found by FocusNet's own branches, train with `python -m focusnet.train`. Needs
-`pip install '.[focusnet]' monai`. Run it: `python examples/monai_sliding_window.py`.
+The CT is a synthetic head (`focusnet.phantom`), so that the example needs no data and a minute on a CPU. It shows how
+the parts fit, not how well they segment: after that minute the Dice score of the unseen phantom is low, 0.03 to 0.23,
+and more steps alone did not raise it. For your CTs, put `LoadImaged` in front of the transforms. To have small organs
+found by FocusNet's own branches, train with `python -m focusnet.train`. Needs `pip install '.[focusnet]' monai`.
+Run it: `python examples/monai_sliding_window.py`.
 """
 
 import numpy as np
