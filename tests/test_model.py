@@ -116,3 +116,19 @@ def test_both_backends_agree(norm: str, dtype: torch.dtype) -> None:
     assert torch.equal(*peaks)
     for fused, reference in zip(*results, strict=True):
         assert (fused - reference).norm() <= BOUNDS[dtype] * reference.norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_maps_stay_in_autocast_dtype_and_channels_last(training: bool) -> None:
+    network = SNet(small_config(), 4).to(memory_format=torch.channels_last_3d).train(training)
+    seen = {}
+    for name, module in network.named_modules():
+        if name and not isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList)):
+            module.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(torch.randn(2, 1, 4, 12, 12))
+    maps = {name: value for name, value in {**seen, **output._asdict()}.items() if value.dim() == 5}
+    assert {"encoder.0.0", "decoder.0", "decoder.0.conv2", "features", "stem", "logits"} <= set(maps)
+    for name, value in maps.items():
+        assert value.dtype == torch.bfloat16, name
+        assert value.is_contiguous(memory_format=torch.channels_last_3d), name
