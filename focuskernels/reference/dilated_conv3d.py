@@ -61,5 +61,10 @@ def flipped(weight: Tensor) -> Tensor:
 
 def output_layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     """channels_last_3d if `x`, which may be some channels of a wider map, or `weight` has channels innermost."""
-    last = any(t.stride(1) == 1 and not t.is_contiguous() for t in (x, weight))
-    return torch.channels_last_3d if last else torch.contiguous_format
+    return torch.channels_last_3d if _channels_innermost(x) or _channels_innermost(weight) else torch.contiguous_format
+
+
+def _channels_innermost(x: Tensor) -> bool:
+    # One channel is in both layouts; the stride tells which is meant.
+    one = x.shape[1] == 1 and x.shape[2:].numel() > 1
+    return x.stride(1) == 1 and (one or not x.is_contiguous())
