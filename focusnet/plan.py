@@ -43,8 +43,6 @@ PREDICT = "predict"
 ORGANS, SMALL, ROI = 9, 3, (8, 64, 64)
 #: CUDA's caching allocator hands out multiples of this.
 CUDA_BLOCK = 512
-
-
 #: Name of what an op allocates and frees itself.
 INSIDE = -1
 

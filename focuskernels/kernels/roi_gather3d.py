@@ -249,7 +249,6 @@ def backward_kernel(
                         ox = _reader(x, m, first_x, along_x[6], BORDER)
                         weight = wy * _weight(x, ox, start_x, along_x, width, BORDER)
                         o = (oz * along_y[0] + oy) * along_x[0] + ox
-                        # A voxel beyond the last lies in no plane, and nothing reads it.
                         read = readers & (weight != 0)[None, :]
                         value = tl.load(owed + o[None, :] * grad_v, mask=read, other=0.0).to(tl.float32)
                         sums += tl.where(read, value * weight[None, :], 0.0)

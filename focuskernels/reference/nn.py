@@ -66,14 +66,13 @@ class PlainSEResBlock(SEResBlock3d):
         return self.se(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(x))
 
 
-class PlainUpSEResBlock(UpSEResBlock3d):
-    """Upsampling, concatenation, then one stock module after the other."""
+class PlainUpSEResBlock(PlainSEResBlock, UpSEResBlock3d):
+    """Upsampling, concatenation, then the plain block."""
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
         """See `UpSEResBlock3d`."""
         x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
-        x = torch.cat([x, skip], dim=1)
-        return self.se(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(x))
+        return super().forward(torch.cat([x, skip], dim=1))
 
 
 class PlainDenseASPP(DenseASPP3d):
