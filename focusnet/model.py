@@ -1,6 +1,7 @@
 """FocusNet (Gao et al., MICCAI 2019): S-Net segments all organs, SOL-Net finds small ones, SOS-Net segments those."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -66,8 +67,7 @@ class SNet(nn.Module):
         x = self.encoder[0](self.stem(_channels_last(image)).contiguous(memory_format=torch.channels_last_3d))
         skips = [x]
         for stride, blocks in zip(self.strides, self.encoder[1:], strict=True):
-            # autocast on the CPU pools in float32
-            x = blocks(F.max_pool3d(x, stride, ceil_mode=True).to(x.dtype))
+            x = blocks(_pool(x, stride))
             skips.append(x)
         skips.pop()
         x = self.context(x)
@@ -75,6 +75,12 @@ class SNet(nn.Module):
             skip = skips.pop()
             stem, x = skip, block(x, skip)
         return SNetOutput(self.head(x), x, stem)
+
+
+def _pool(x: Tensor, stride: Triple) -> Tensor:
+    # autocast on the CPU would pool, and keep its input, in float32; the meta device knows none
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return F.max_pool3d(x, stride, ceil_mode=True)
 
 
 def _block(
