@@ -11,6 +11,8 @@ from .case import Cost, dtype_name
 from .measure import Timer
 
 COPY_BYTES = {("cpu", "full"): 2**28, ("cuda", "full"): 2**31, ("cpu", "quick"): 2**22, ("cuda", "quick"): 2**26}
+# bfloat16 and float16 take PyTorch minutes on a CPU without instructions for them
+HALF_SIDE = 512
 MATMUL_SIDE = {("cpu", "full"): 2048, ("cuda", "full"): 8192, ("cpu", "quick"): 256, ("cuda", "quick"): 1024}
 REPEATS = {"full": 9, "quick": 2}
 
@@ -18,12 +20,15 @@ REPEATS = {"full": 9, "quick": 2}
 def measure_ceilings(device: str, size: str, dtypes: Iterable[torch.dtype], timer: Timer) -> dict[str, Any]:
     """Copy bandwidth in GB/s (bytes read plus written) and matrix multiplication in TFLOP/s per dtype.
 
-    float32 matrices are multiplied in full precision; "tf32" is the same with tensor cores, on a GPU.
+    float32 matrices are multiplied in full precision; "tf32" is the same with tensor cores, on a GPU. A CPU is at least
+    as fast in half precision as in float32, to which it can convert.
     """
     tflops = {dtype_name(dtype): _matmul(device, size, dtype, timer) for dtype in dtypes}
     if device == "cuda" and torch.float32 in dtypes:
         with tf32(True):
             tflops["tf32"] = _matmul(device, size, torch.float32, timer)
+    if device == "cpu":
+        tflops |= {half: max(tflops[half], tflops.get("float32", 0.0)) for half in ("bfloat16", "float16") if half in tflops}
     return {"copy_gb_s": _copy(device, size, timer), "matmul_tflop_s": tflops}
 
 
@@ -55,6 +60,8 @@ def _copy(device: str, size: str, timer: Timer) -> float:
 
 def _matmul(device: str, size: str, dtype: torch.dtype, timer: Timer) -> float:
     side = MATMUL_SIDE[device, size]
+    if device == "cpu" and dtype.itemsize < 4:
+        side = min(side, HALF_SIDE)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.mm(a, b)
     times = [timer.time(lambda: torch.mm(a, b, out=out))[0] for _ in range(REPEATS[size])]
