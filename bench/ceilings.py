@@ -28,7 +28,8 @@ def measure_ceilings(device: str, size: str, dtypes: Iterable[torch.dtype], time
         with tf32(True):
             tflops["tf32"] = _matmul(device, size, torch.float32, timer)
     if device == "cpu":
-        tflops |= {half: max(tflops[half], tflops.get("float32", 0.0)) for half in ("bfloat16", "float16") if half in tflops}
+        for half in tflops.keys() & {"bfloat16", "float16"}:
+            tflops[half] = max(tflops[half], tflops.get("float32", 0.0))
     return {"copy_gb_s": _copy(device, size, timer), "matmul_tflop_s": tflops}
 
 
