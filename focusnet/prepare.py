@@ -148,7 +148,8 @@ def _small_organs(sizes: dict[str, list[OrganSize]], config: DataConfig) -> set[
 
 
 def _organ_plan(name: str, found: list[OrganSize], small: bool, reference: float, config: DataConfig) -> OrganPlan:
-    volume = float(np.mean([size.volume_mm3 for size in found]))
+    volumes = [size.volume_mm3 for size in found]
+    volume = float(np.mean(volumes))
     sides = np.array([size.extent_mm for size in found])
     sides = np.where(sides <= OUTLYING * np.median(sides, axis=0), sides, np.nan)
     extent, largest = np.nanmean(sides, axis=0), np.nanmax(sides, axis=0)
@@ -162,6 +163,7 @@ def _organ_plan(name: str, found: list[OrganSize], small: bool, reference: float
         small=small,
         roi_size=_roi_size(extent, largest, config) if small else None,
         alpha=float(np.clip(math.sqrt(reference / volume), *ALPHA_RANGE)),
+        volume_range_mm3=(min(volumes), max(volumes)),
     )
 
 

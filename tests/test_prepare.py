@@ -50,6 +50,7 @@ def test_plan_and_arrays_hold_what_is_in_the_data(tmp_path: Path) -> None:
     stem, eye, _ = plan.organs
     assert stem.voxels == 4 * 6 * 5
     assert stem.volume_mm3 == pytest.approx(4 * 6 * 5 * 12)
+    assert stem.volume_range_mm3 == (stem.volume_mm3, stem.volume_mm3)
     assert stem.extent_mm == (12.0, 12.0, 10.0)
     assert stem.roi_size == (12, 18, 15)
     assert eye.roi_size == (8, 9, 9)

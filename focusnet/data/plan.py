@@ -27,6 +27,7 @@ class OrganPlan:
         small: Whether SOL-Net and SOS-Net take care of it.
         roi_size: Size of a small organ's ROI in prepared voxels; None for the other organs.
         alpha: Weight in the focal loss.
+        volume_range_mm3: Smallest and largest volume; None in checkpoints that are older than this entry.
     """
 
     name: str
@@ -38,6 +39,7 @@ class OrganPlan:
     small: bool
     roi_size: Triple | None
     alpha: float
+    volume_range_mm3: tuple[float, float] | None = None
 
 
 @dataclass
@@ -124,6 +126,7 @@ def _organ(content: dict[str, Any]) -> OrganPlan:
     roi_size = content["roi_size"]
     if roi_size is not None and not all(1 <= side <= _LARGEST_ROI for side in _ints(roi_size)):
         raise ValueError(f"an ROI of {roi_size} voxels")
+    volume_range = content.get("volume_range_mm3")
     return OrganPlan(
         name=str(content["name"]),
         cases=int(content["cases"]),
@@ -134,7 +137,13 @@ def _organ(content: dict[str, Any]) -> OrganPlan:
         small=bool(content["small"]),
         roi_size=None if roi_size is None else _ints(roi_size),
         alpha=float(content["alpha"]),
+        volume_range_mm3=None if volume_range is None else _pair(volume_range),
     )
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = values
+    return float(low), float(high)
 
 
 def _floats(values: Any) -> FloatTriple:
