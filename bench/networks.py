@@ -48,7 +48,7 @@ def checkpointed(function: Function) -> Function:
     """Recomputes everything in backward."""
     from torch.utils.checkpoint import checkpoint
 
-    def run(*arguments: Any) -> Any:
-        return checkpoint(function, *arguments, use_reentrant=False)
+    def run(**inputs: Any) -> Any:
+        return checkpoint(function, use_reentrant=False, **inputs)
 
     return run

@@ -83,5 +83,5 @@ def _costs(channels: int, voxels: int, growth: int, bottleneck: int, itemsize: i
     return Cost(fwd, flops), Cost(bwd, 2 * flops)
 
 
-STEMS = ("nn", "dense_aspp3d", "dilated_conv3d", "dilated_conv3d_tiles", "norm_act", "channelwise")
+STEMS = ("nn", "dense_aspp3d", "dilated_conv3d", "dilated_conv3d_tiles", "onednn", "norm_act", "channelwise")
 OP = Op("dense_aspp3d", ("dilated_conv3d", "norm_act"), STEMS, cases)

@@ -221,4 +221,4 @@ def valid_share(volume: Triple, dilation: Triple) -> float:
     return math.prod((size + 2 * max(0, size - d)) / (3 * size) for size, d in zip(volume, dilation))
 
 
-OP = Op("dilated_conv3d", ("dilated_conv3d",), ("dilated_conv3d", "dilated_conv3d_tiles"), cases)
+OP = Op("dilated_conv3d", ("dilated_conv3d",), ("dilated_conv3d", "dilated_conv3d_tiles", "onednn"), cases)

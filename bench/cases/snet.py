@@ -71,7 +71,7 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
         providers=[
             ours(_function(build(), _our_loss, amp)),
             eager(plain),
-            eager(checkpointed_loss(plain), "eager, checkpointed", "peer"),
+            eager(checkpointed(plain), "eager, checkpointed", "peer"),
             compiled(plain),
         ],
         shape={"volume": volume, "voxels": math.prod(volume)},
@@ -83,16 +83,6 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
         rounded=None if amp is None else plain,
         make_small=maker(CHECKED) if math.prod(volume) > 10 * math.prod(CHECKED) else None,
     )
-
-
-def checkpointed_loss(function: Function) -> Function:
-    """The training step with activation checkpointing around all of it."""
-    run = checkpointed(function)
-
-    def step(image: Tensor, labels: Tensor, alpha: Tensor, parameters: Parameters) -> Tensor:
-        return run(image, labels, alpha, parameters)
-
-    return step
 
 
 def _function(network: SNet, loss: Function, amp: torch.dtype | None) -> Function:
@@ -113,6 +103,8 @@ STEMS = (
     "dense_aspp3d",
     "dilated_conv3d",
     "dilated_conv3d_tiles",
+    "onednn",
+    "up_cat_conv3d",
     "norm_act",
     "se_residual",
     "channelwise",
