@@ -77,11 +77,11 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
         shape={"volume": volume, "voxels": math.prod(volume)},
         dtype=amp or torch.float32,
         layout=layout,
-        oracle_dtype=torch.float32,
+        oracle_dtype=torch.float32 if amp else torch.float64,
         # rectifiers switch and gradients cancel through thirty layers
         tolerance=5e-3 if amp is None else 1e-1,
-        rounded=None if amp is None else plain,
-        make_small=maker(CHECKED) if math.prod(volume) > 10 * math.prod(CHECKED) else None,
+        rounded=plain,
+        make_small=maker(CHECKED) if math.prod(volume) > (10 if amp else 2) * math.prod(CHECKED) else None,
     )
 
 
