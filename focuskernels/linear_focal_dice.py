@@ -187,6 +187,16 @@ def _chunked_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return reference.backward(focal_dice.backward_op_, *args)
 
 
+def _reference_argmax(*args: Any) -> tuple[Tensor, Tensor]:
+    return reference.argmax(reference.top_class, *args)
+
+
+def _chunked_argmax(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    in_full = features.dtype.itemsize >= 4
+    top_class = torch.ops.focuskernels_C.class_argmax if in_full else reference.top_class
+    return reference.argmax(top_class, features, *args)
+
+
 def _fake_forward(features: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(features.dtype, torch.float32)
     table = features.new_empty((features.shape[0], 6, weight.shape[0]), dtype=dtype)
@@ -228,6 +238,7 @@ _backward = define(
 _argmax = define(
     f"linear_argmax({_LINEAR}, bool probability) -> (Tensor labels, Tensor probability)",
     op="linear_argmax",
-    reference=reference.argmax,
+    reference=_reference_argmax,
     fake=_fake_argmax,
+    cpu=[Kernel("C++ (csrc), in chunks", _chunked_argmax, csrc_missing)],
 )

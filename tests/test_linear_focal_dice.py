@@ -6,6 +6,7 @@ from compare import assert_layouts_agree, assert_traceable
 from torch import Tensor
 
 from focuskernels import focal_dice_loss, linear_argmax, linear_focal_dice_loss
+from focuskernels._lib import csrc_missing
 from focuskernels.reference import linear_focal_dice as reference
 
 
@@ -83,6 +84,18 @@ def test_argmax(layout: torch.memory_format, dtype: torch.dtype) -> None:
     assert found.probability is not None
     torch.testing.assert_close(found.probability, logits.softmax(dim=1).amax(dim=1))
     assert linear_argmax(features, weight).probability is None
+
+
+@pytest.mark.skipif(csrc_missing() is not None, reason=f"csrc: {csrc_missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_class_argmax_takes_the_first_of_equals_and_nan_for_the_largest(dtype: torch.dtype) -> None:
+    nan, low = float("nan"), -float("inf")
+    columns = [[1, 1, 0], [0, nan, 5], [nan, 9, nan], [0.0, -0.0, 0.0], [low, low, low], [2, 7, 7], [1, 2, nan]]
+    logits = torch.tensor(columns, dtype=dtype).t().repeat(1, 700).contiguous()  # more voxels than a block
+    labels, largest = torch.ops.focuskernels_C.class_argmax(logits)
+    expected = logits.max(dim=0)
+    assert torch.equal(labels.long(), expected.indices)
+    torch.testing.assert_close(largest, expected.values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nothing_to_count() -> None:

@@ -67,19 +67,34 @@ def backward(
     return grad, grad_weight, grad_bias
 
 
-def argmax(features: Tensor, weight: Tensor, bias: Tensor | None, probability: bool) -> tuple[Tensor, Tensor]:
-    """The class with the largest logit (N,V) uint8 and its softmax probability (N,V), empty unless asked for."""
+def argmax(
+    top_class: Callable[[Tensor], tuple[Tensor, Tensor]],
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    probability: bool,
+) -> tuple[Tensor, Tensor]:
+    """The class with the largest logit (N,V) uint8 and its softmax probability (N,V), empty unless asked for.
+
+    `top_class` is called with logits (C,v) of a chunk and returns the class (v,) and its logit.
+    """
     batch, _, voxels = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)
     labels = features.new_empty((batch, voxels), dtype=torch.uint8)
     top = features.new_empty((batch, voxels) if probability else (0,), dtype=dtype)
     for n, piece in chunks(features):
-        logits = chunk_logits(features[n, :, piece], weight, bias)[0]
-        largest, index = logits.max(dim=0)
-        labels[n, piece] = index.to(torch.uint8)
+        f = features[n, :, piece]
+        logits = weight @ f if bias is None else torch.addmm(bias.unsqueeze(1), weight, f)
+        labels[n, piece], largest = top_class(logits)
         if probability:
             top[n, piece] = 1 / (logits.to(dtype) - largest.to(dtype)).exp().sum(dim=0)
     return labels, top
+
+
+def top_class(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The class (v,) with the largest of the logits (C,v), the first of equals, and that logit."""
+    largest, index = logits.max(dim=0)
+    return index, largest
 
 
 def chunks(features: Tensor) -> Iterator[tuple[int, slice]]:
