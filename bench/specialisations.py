@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from focuskernels.kernels import channelwise, dense_aspp3d, dilated_conv3d, focal_dice, roi_gather3d
+from focuskernels.kernels import channelwise, dense_aspp3d, dilated_conv3d, focal_dice, linear_focal_dice, roi_gather3d
 from focuskernels.kernels.dilated_conv3d_tiles import Tile, WeightTile, tiles, weight_tiles
 
 Capability = tuple[int, int]
@@ -47,6 +47,7 @@ def specialisations(capability: Capability) -> Iterator[Specialisation]:
     for dtype, channels_last in (("bf16", True), ("fp32", False)):
         yield from _channelwise(dtype, channels_last)
         yield from _focal_dice(dtype)
+        yield from _linear_argmax(dtype, channels_last)
         yield from _roi_gather(dtype, channels_last)
     yield from _convolutions(capability)
     yield from _dense_aspp()
@@ -95,6 +96,24 @@ def _focal_dice(dtype: str) -> Iterator[Specialisation]:
             needed=block_v * (maps * CLASSES * BYTES[dtype] + 1),
             aligned=("voxels", "stride_n", "stride_c"),
         )
+
+
+def _linear_argmax(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+    module, channels = linear_focal_dice, 32
+    block_c, block_v, warps = module.tile(CLASSES)
+    types = dict.fromkeys(("features", "weight", "bias"), "*" + dtype) | {"labels": "*u8", "probabilities": "*fp32"}
+    fixed = {"BIAS": True, "PROBABILITY": False, "BLOCK_C": block_c, "BLOCK_K": module.BLOCK_K, "BLOCK_V": block_v}
+    fixed |= {"stride_k" if channels_last else "stride_v": 1}
+    yield Specialisation(
+        stem="linear_focal_dice",
+        kernel=module.argmax_kernel,
+        name=f"{dtype}, {channels} channels {'last' if channels_last else 'first'}, {CLASSES} classes",
+        types=types,
+        fixed=fixed,
+        options={"num_warps": warps},
+        needed=block_v * module.BLOCK_K * BYTES[dtype],
+        aligned=("channels", "voxels", "stride_n", "stride_v" if channels_last else "stride_k"),
+    )
 
 
 def _roi_gather(dtype: str, channels_last: bool) -> Iterator[Specialisation]:

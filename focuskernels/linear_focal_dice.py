@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import focal_dice
 from ._arguments import cast_for_autocast, require_float
-from ._lib import Kernel, csrc_missing, define, forbid_double_backward, triton_missing
+from ._lib import Kernel, csrc_missing, define, forbid_double_backward, triton_kernel, triton_missing
 from .focal_dice import ClassSums, Mode
 from .reference import focal_dice as loss_reference
 from .reference import linear_focal_dice as reference
@@ -197,6 +197,10 @@ def _chunked_argmax(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return reference.argmax(top_class, features, *args)
 
 
+def _unsupported_by_triton(features: Tensor, *_: Any) -> str | None:
+    return None if features.dtype != torch.float64 else "float64 is served by plain PyTorch"
+
+
 def _fake_forward(features: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(features.dtype, torch.float32)
     table = features.new_empty((features.shape[0], 6, weight.shape[0]), dtype=dtype)
@@ -241,4 +245,5 @@ _argmax = define(
     reference=_reference_argmax,
     fake=_fake_argmax,
     cpu=[Kernel("C++ (csrc), in chunks", _chunked_argmax, csrc_missing)],
+    cuda=[triton_kernel("linear_focal_dice", "argmax", _unsupported_by_triton)],
 )
