@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from .errors import FocusNetError
 
+Network = Literal["snet", "unet", "deeplab"]
 Norm = Literal["batch", "instance", "group"]
 Backend = Literal["fused", "reference"]
 Triple = tuple[int, int, int]
@@ -48,6 +49,7 @@ class ModelConfig:
     """The layout of S-Net, SOL-Net and SOS-Net.
 
     Attributes:
+        network: What segments all organs: "snet", or in its place "unet" or "deeplab", to compare with.
         widths: Channels of the SE-residual blocks of each resolution, finest first.
         downsampling: Stride of the max-pooling in front of every resolution but the finest.
         stem_kernel: Kernel of the first convolution and of the first SE-residual block.
@@ -63,6 +65,7 @@ class ModelConfig:
             weights are the same.
     """
 
+    network: Network = "snet"
     widths: list[list[int]] = field(default_factory=lambda: [[32], [48, 64]])
     downsampling: list[Triple] = field(default_factory=lambda: [(1, 2, 2)])
     stem_kernel: Triple = (1, 3, 3)
@@ -85,6 +88,7 @@ class LossConfig:
         gamma: Focusing exponent of the focal loss (equation 1).
         alpha: Focal weight of the background and of every organ, in the paper "inverse to the average size"; null takes
             0.5 and sqrt(mean volume of all organs / volume of the organ), clipped to 0.25..8 (docs/model.md says why).
+            A list of one value: the same for all.
         dice_weight: Weight of the generalized dice loss (equation 2) beside the focal loss.
         smooth: Added to numerator and denominator of every dice ratio, in voxels. With 0, the paper's value, an organ
             that a crop does not hold has no dice gradient; anything larger rewards a network for never predicting it.

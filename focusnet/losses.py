@@ -34,6 +34,8 @@ def focal_alpha(plan: Plan, config: LossConfig) -> Tensor:
         FocusNetError: the configuration has another number of weights.
     """
     values = config.alpha or [plan.background_alpha, *(organ.alpha for organ in plan.organs)]
+    if len(values) == 1:
+        values = values * (len(plan.organs) + 1)
     if len(values) != len(plan.organs) + 1:
         names = ", ".join(["background", *plan.organ_names])
         raise FocusNetError(f"loss.alpha has {len(values)} values, expected {len(plan.organs) + 1}: {names}")

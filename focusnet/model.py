@@ -1,37 +1,20 @@
 """FocusNet (Gao et al., MICCAI 2019): S-Net segments all organs, SOL-Net finds small ones, SOS-Net segments those."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focuskernels import heatmap_argmax_3d, roi_gather_each_3d
-from focuskernels.nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, UpSEResBlock3d
-from focuskernels.reference.nn import to_reference
+from focuskernels.nn import DenseASPP3d, DilatedConv3d, NormAct3d, UpSEResBlock3d
 
+from .baselines import DeepLab, UNet
+from .blocks import MainNetwork, SNetOutput, by_backend, channels_last, head, pool, se_block
 from .config import ModelConfig, Triple
 
-Layer = TypeVar("Layer", bound=nn.Module)
 
-
-class SNetOutput(NamedTuple):
-    """What S-Net computes for images (N, 1, D, H, W).
-
-    Attributes:
-        logits: (N, 1 + organs, D, H, W); class 0 is the background.
-        features: The decoder's last features (N, F, D, H, W), which SOL-Net and SOS-Net read.
-        stem: The first encoder layer's features (N, F, D, H, W).
-    """
-
-    logits: Tensor
-    features: Tensor
-    stem: Tensor
-
-
-class SNet(nn.Module):
+class SNet(MainNetwork):
     """SE-residual 3D U-Net with few downsamplings and DenseASPP at the lowest resolution (section 2.1 of the paper)."""
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
@@ -43,31 +26,31 @@ class SNet(nn.Module):
             )
         self.strides = config.downsampling
         width = config.widths[0][0]
-        self.stem = _by_backend(config, DilatedConv3d(1, width, config.stem_kernel))
+        self.stem = by_backend(config, DilatedConv3d(1, width, config.stem_kernel))
         self.encoder = nn.ModuleList()
         for level, widths in enumerate(config.widths):
             kernel = config.stem_kernel if level == 0 else (3, 3, 3)
             blocks = []
             for out in widths:
-                blocks.append(_block(config, width, out, kernel_size=kernel))
+                blocks.append(se_block(config, width, out, kernel_size=kernel))
                 width = out
             self.encoder.append(nn.Sequential(*blocks))
         self.context, width = _context(config, width)
         self.decoder = nn.ModuleList()
         for widths in reversed(config.widths[:-1]):
             block = UpSEResBlock3d(width + widths[-1], widths[-1], reduction=config.se_reduction, norm=config.norm)
-            self.decoder.append(_by_backend(config, block))
+            self.decoder.append(by_backend(config, block))
             width = widths[-1]
-        self.head = _head(config, width, classes)
+        self.head = head(config, width, classes)
         self.feature_channels = width
         self.stem_channels = config.widths[0][-1]
 
     def forward(self, image: Tensor) -> SNetOutput:
         """Segment `image` (N, 1, D, H, W); every spatial size works, multiples of the total stride are best."""
-        x = self.encoder[0](self.stem(_channels_last(image)).contiguous(memory_format=torch.channels_last_3d))
+        x = self.encoder[0](self.stem(channels_last(image)).contiguous(memory_format=torch.channels_last_3d))
         skips = [x]
         for stride, blocks in zip(self.strides, self.encoder[1:], strict=True):
-            x = blocks(_pool(x, stride))
+            x = blocks(pool(x, stride))
             skips.append(x)
         skips.pop()
         x = self.context(x)
@@ -77,36 +60,9 @@ class SNet(nn.Module):
         return SNetOutput(self.head(x), x, stem)
 
 
-def _pool(x: Tensor, stride: Triple) -> Tensor:
-    # autocast on the CPU would pool, and keep its input, in float32; the meta device knows none
-    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        return F.max_pool3d(x, stride, ceil_mode=True)
-
-
-def _block(
-    config: ModelConfig, channels: int, out: int, kernel_size: int | Triple = 3, dilation: int | Triple = 1
-) -> SEResBlock3d:
-    block = SEResBlock3d(channels, out, kernel_size, dilation, reduction=config.se_reduction, norm=config.norm)
-    return _by_backend(config, block)
-
-
-def _head(config: ModelConfig, channels: int, out: int) -> DilatedConv3d:
-    # Of nn.Conv3d, a 1x1x1 kernel would tell oneDNN nothing of the layout.
-    return _by_backend(config, DilatedConv3d(channels, out, 1, bias=True))
-
-
-def _channels_last(image: Tensor) -> Tensor:
-    """(N, 1, D, H, W), which is in both layouts, with the strides that let a convolution write channels_last_3d."""
-    return image.squeeze(1).unsqueeze(-1).movedim(-1, 1)
-
-
-def _by_backend(config: ModelConfig, layer: Layer) -> Layer:
-    return to_reference(layer) if config.backend == "reference" else layer
-
-
 def _context(config: ModelConfig, width: int) -> tuple[nn.Sequential, int]:
     """In-plane dilated blocks and DenseASPP, and the channels that come out."""
-    layers: list[nn.Module] = [_block(config, width, width, dilation=(1, 2, 2)) for _ in range(config.dilated_blocks)]
+    layers: list[nn.Module] = [se_block(config, width, width, dilation=(1, 2, 2)) for _ in range(config.dilated_blocks)]
     if config.aspp_dilations:
         aspp = DenseASPP3d(
             width,
@@ -115,7 +71,7 @@ def _context(config: ModelConfig, width: int) -> tuple[nn.Sequential, int]:
             dilations=config.aspp_dilations,
             norm=config.norm,
         )
-        layers.append(_by_backend(config, aspp))
+        layers.append(by_backend(config, aspp))
         width += config.aspp_growth * len(config.aspp_dilations)
     return nn.Sequential(*layers), width
 
@@ -125,10 +81,10 @@ class SOLNet(nn.Module):
 
     def __init__(self, config: ModelConfig, channels: int, organs: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(_block(config, channels, channels), _block(config, channels, channels))
+        self.blocks = nn.Sequential(se_block(config, channels, channels), se_block(config, channels, channels))
         # the blocks end in a sum of any scale, which would saturate the sigmoid at once
-        self.norm = _by_backend(config, NormAct3d(channels, config.norm))
-        self.head = _head(config, channels, organs)
+        self.norm = by_backend(config, NormAct3d(channels, config.norm))
+        self.head = head(config, channels, organs)
         assert self.head.bias is not None
         # sigmoid(-6) is about a Gaussian's share of a crop, so that peaks pull as hard as the background; from a higher
         # start the background wins at first, and the map of an organ that is hard to find stays at zero
@@ -145,12 +101,15 @@ class SOSBranch(nn.Module):
     def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__()
         width = config.sos_width
-        self.blocks = nn.Sequential(_block(config, channels, width), _block(config, width, width))
-        self.head = _head(config, width, 1)
+        self.blocks = nn.Sequential(se_block(config, channels, width), se_block(config, width, width))
+        self.head = head(config, width, 1)
 
     def forward(self, roi: Tensor) -> Tensor:
         """(K, channels, d, h, w) -> logits (K, 1, d, h, w)."""
         return self.head(self.blocks(roi))
+
+
+MAIN_NETWORKS: dict[str, Callable[[ModelConfig, int], MainNetwork]] = {"snet": SNet, "unet": UNet, "deeplab": DeepLab}
 
 
 class FocusNetOutput(NamedTuple):
@@ -182,7 +141,7 @@ class FocusNet(nn.Module):
         super().__init__()
         self.sos_input = config.sos_input
         self.roi_sizes = [(d, h, w) for d, h, w in roi_sizes]
-        self.snet = SNet(config, organs + 1)
+        self.snet: MainNetwork = MAIN_NETWORKS[config.network](config, organs + 1)
         channels = 1
         if config.sos_input == "features":
             channels += self.snet.feature_channels + self.snet.stem_channels + 1

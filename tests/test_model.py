@@ -3,7 +3,7 @@ import torch
 
 from focuskernels import roi_gather_3d
 from focusnet.config import ModelConfig
-from focusnet.model import FocusNet, SNet
+from focusnet.model import MAIN_NETWORKS, FocusNet, SNet
 
 #: Largest difference between two ways of computing, as a share of the norm of each output and gradient. In float32 a
 #: few voxels fall on the other side of a ReLU's kink, or of a tie in max-pooling: 1.4e-3 was the most in nine trials,
@@ -132,3 +132,30 @@ def test_maps_stay_in_autocast_dtype_and_channels_last(training: bool) -> None:
     for name, value in maps.items():
         assert value.dtype == torch.bfloat16, name
         assert value.is_contiguous(memory_format=torch.channels_last_3d), name
+
+
+@pytest.mark.parametrize("network", ["unet", "deeplab"])
+@pytest.mark.parametrize("norm", ["batch", "instance", "group"])
+def test_networks_in_the_place_of_snet(network: str, norm: str) -> None:
+    torch.manual_seed(0)
+    widths = [[4, 8], [8, 8], [8, 16]]
+    config = small_config(network=network, norm=norm, widths=widths, downsampling=[(1, 2, 2), (2, 2, 2)])
+    model = FocusNet(config, organs=2, roi_sizes=[(4, 6, 6)])
+    for shape in [(8, 16, 16), (5, 13, 17)]:
+        output = model(torch.randn(1, 1, *shape))
+        assert output.snet.logits.shape == (1, 3, *shape) and output.heatmaps.shape == (1, 1, *shape)
+    (output.snet.logits.square().mean() + output.roi_logits[0].square().mean()).backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert not without - {name for name in without if name.startswith("sol.")}, without
+
+
+@pytest.mark.parametrize("network", ["unet", "deeplab"])
+def test_networks_in_the_place_of_snet_by_stock_pytorch(network: str) -> None:
+    torch.manual_seed(0)
+    widths = [[4, 8], [8, 8]]
+    fused = MAIN_NETWORKS[network](small_config(network=network, widths=widths), 3).double()
+    plain = MAIN_NETWORKS[network](small_config(network=network, widths=widths, backend="reference"), 3).double()
+    plain.load_state_dict(fused.state_dict())
+    image = torch.randn(1, 1, 6, 12, 12, dtype=torch.float64)
+    for one, other in zip(fused(image), plain(image), strict=True):
+        assert (one - other).norm() <= BOUNDS[torch.float64] * other.norm()
