@@ -133,11 +133,17 @@ class StageConfig:
 
 @dataclass
 class AugmentConfig:
-    """Random changes of a training crop.
+    """Random changes of a training crop, each drawn up to a largest value; 0 leaves it out.
 
     Attributes:
         rotation_deg: Largest rotation about the z, y and x axis.
         zoom: Largest relative change of size along z, y and x.
+        elastic_mm: Largest displacement of a control point of a smooth deformation, along each axis.
+        elastic_grid_mm: Distance of these control points.
+        contrast: Largest relative change of HU above 0, as between tube voltages; water and air stay what they are.
+        blur_mm: Largest standard deviation of a blur in plane, as of a softer reconstruction kernel, in a quarter of
+            the crops.
+        slice_mm: Largest thickness of slices, as if the CT had been taken so, in a quarter of the crops.
         noise_hu: Largest standard deviation of added noise.
         shift_hu: Largest shift of all intensities.
         mirror: Mirror left and right in half of the crops, swapping the labels of paired organs.
@@ -145,6 +151,11 @@ class AugmentConfig:
 
     rotation_deg: tuple[float, float, float] = (10.0, 5.0, 5.0)
     zoom: tuple[float, float, float] = (0.1, 0.2, 0.2)
+    elastic_mm: float = 0.0
+    elastic_grid_mm: float = 48.0
+    contrast: float = 0.0
+    blur_mm: float = 0.0
+    slice_mm: float = 0.0
     noise_hu: float = 10.0
     shift_hu: float = 20.0
     mirror: bool = False
@@ -229,14 +240,14 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "above 0",
         _each(lambda n: n > 0),
-        "data.spacing data.roi_scale loss.heatmap_sigma_mm train.*.lr train.*.decay",
+        "data.spacing data.roi_scale loss.heatmap_sigma_mm train.augment.elastic_grid_mm train.*.lr train.*.decay",
     ),
     (
         "at least 0",
         _each(lambda n: n >= 0),
         "data.small_voxels data.body_margin_mm model.dilated_blocks loss.gamma loss.alpha loss.smooth loss.*_weight "
-        "train.steps_per_epoch train.seed train.workers train.augment.*_hu train.*.epochs train.*.warmup "
-        "train.*.weight_decay",
+        "train.steps_per_epoch train.seed train.workers train.augment.*_hu train.augment.*_mm train.*.epochs "
+        "train.*.warmup train.*.weight_decay",
     ),
     (
         "at least 1",
@@ -249,7 +260,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("odd and positive", _each(lambda n: n > 0 and n % 2 == 1), "model.stem_kernel"),
     ("from 0 to 180", _each(lambda n: 0 <= n <= 180), "train.augment.rotation_deg"),
     ("from 0 to 1", _each(lambda n: 0 <= n <= 1), "train.organ_crops train.*.milestones predict.min_peak"),
-    ("at least 0 and below 1", _each(lambda n: 0 <= n < 1), "train.validation train.augment.zoom predict.overlap"),
+    (
+        "at least 0 and below 1",
+        _each(lambda n: 0 <= n < 1),
+        "train.validation train.augment.zoom train.augment.contrast predict.overlap",
+    ),
     ("finite", _each(math.isfinite), "data.hu_range"),
     ("in ascending order", lambda v: all(a < b for a, b in pairwise(v)), "data.hu_range train.*.milestones"),
     ("at most 4 strides", lambda v: len(v) <= 4, "model.downsampling"),
@@ -306,6 +321,13 @@ class Config:
             raise FocusNetError(
                 f"model.widths lists {len(widths)} resolutions, expected one more than the {len(strides)} strides of "
                 "model.downsampling"
+            )
+        augment = self.train.augment
+        # then displacements of neighbours differ by less than their distance: nothing folds, and all can be undone
+        if augment.elastic_mm > augment.elastic_grid_mm / 6:
+            raise FocusNetError(
+                f"train.augment.elastic_mm is {augment.elastic_mm}, expected at most a sixth of "
+                f"train.augment.elastic_grid_mm, {augment.elastic_grid_mm}"
             )
         # the norms need more than one voxel at the lowest resolution
         lowest = tuple(2 * stride for stride in total_stride(strides))

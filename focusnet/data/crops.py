@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import AugmentConfig, Config
+from ..config import Config
 from ..errors import FocusNetError
+from .augment import Warp, change_intensity, random_warp
 from .cache import array_paths
 from .organs import mirror_name
 from .plan import CaseRecord, Plan
@@ -69,14 +70,15 @@ class CropDataset(Dataset[Crop]):
     def _crop(self, case: CaseRecord, epoch: int, position: int) -> Crop:
         rng = np.random.default_rng([self.config.train.seed, 1, epoch, position])
         image, labels = load_case(self.cache, case)
-        size, spacing = self.config.train.crop, self.plan.spacing
+        size, augment, spacing = self.config.train.crop, self.config.train.augment, self.plan.spacing
         organs = [name for name in case.organs if name in self.focus]
         center = _crop_center(case, organs, size, self.config.train.organ_crops, rng)
-        to_source = _random_affine(self.config.train.augment, spacing, rng)
-        hu, label = cut(image, labels, center, to_source, size, fill=self.config.data.hu_range[0])
+        warp = random_warp(size, center, augment, spacing, rng)
+        hu, label = cut(image, labels, warp, fill=self.config.data.hu_range[0])
         label = torch.from_numpy(label_values(case, self.plan))[label.long()]
-        hu = _change_intensity(hu, self.config.train.augment, rng)
-        points = self._points(case, center, to_source, size)
+        hu = change_intensity(hu, augment, spacing, rng)
+        places = np.array(list(case.centers.values())).reshape(-1, 3)
+        points = dict(zip(case.centers, warp.to_crop(places), strict=True))
         if self.mirrored_labels is not None and rng.random() < 0.5:
             hu, label, points = _mirror(hu, label, points, self.mirrored_labels)
         small = [points.get(name, np.full(3, np.nan)) for name in self.plan.small_organs]
@@ -92,12 +94,6 @@ class CropDataset(Dataset[Crop]):
         round_, place = divmod(epoch * self.length + position, len(self.cases))
         order = np.random.default_rng([self.config.train.seed, 0, round_]).permutation(len(self.cases))
         return self.cases[order[place]]
-
-    def _points(
-        self, case: CaseRecord, center: np.ndarray, to_source: np.ndarray, size: tuple[int, int, int]
-    ) -> dict[str, np.ndarray]:
-        inverse, middle = np.linalg.inv(to_source), (np.array(size) - 1) / 2
-        return {name: inverse @ (np.array(point) - center) + middle for name, point in case.centers.items()}
 
 
 def load_case(cache: Path, case: CaseRecord) -> tuple[np.ndarray, np.ndarray]:
@@ -132,37 +128,22 @@ def label_values(case: CaseRecord, plan: Plan) -> np.ndarray:
     return table
 
 
-def cut(
-    image: np.ndarray,
-    labels: np.ndarray,
-    center: np.ndarray,
-    to_source: np.ndarray,
-    size: tuple[int, int, int],
-    fill: float,
-) -> tuple[Tensor, Tensor]:
-    """Resample a crop of `size` around `center` (voxels of the source).
-
-    A crop voxel at offset `o` from the crop's middle comes from `center + to_source @ o`. Voxels from outside of the
-    volume are `fill` and label 0.
+def cut(image: np.ndarray, labels: np.ndarray, warp: Warp, fill: float) -> tuple[Tensor, Tensor]:
+    """Resample a crop. Voxels from outside of the volume are `fill` and label 0.
 
     Returns:
         HU (D, H, W) float32 by linear, labels (D, H, W) uint8 by nearest-neighbour interpolation.
     """
-    half = (np.array(size) - 1) / 2
-    reach = np.abs(to_source) @ half + 1
-    low = np.floor(center - reach).astype(int)
-    high = np.ceil(center + reach).astype(int) + 1
+    low, high = warp.box()
     hu_box = _padded_box(image, low, high, fill)
     label_box = _padded_box(labels, low, high, 0)
-    if np.array_equal(to_source, np.eye(3)):
-        start = np.round(center - half).astype(int) - low
-        window = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
+    if warp.is_copy:
+        start = np.round(warp.center - (np.array(warp.size) - 1) / 2).astype(int) - low
+        window = tuple(slice(s, s + n) for s, n in zip(start, warp.size, strict=True))
         return hu_box[window].clone(), label_box[window].to(torch.uint8)
-    axes = [torch.arange(n, dtype=torch.float64) - h for n, h in zip(size, half, strict=True)]
-    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-    voxels = offsets @ torch.from_numpy(to_source).T + torch.from_numpy(center - low)
-    extent = torch.tensor(hu_box.shape, dtype=torch.float64) - 1
-    grid = (2 * voxels / extent - 1).flip(-1).float()[None]
+    # grid_sample counts from -1 to 1 and wants (x, y, z)
+    to_grid = 2 / torch.tensor([n - 1 for n in hu_box.shape])
+    grid = warp.voxels().sub_(torch.from_numpy(low)).mul_(to_grid).sub_(1).flip(-1)[None]
 
     def sample(box: Tensor, mode: str) -> Tensor:
         return F.grid_sample(box[None, None], grid, mode=mode, padding_mode="border", align_corners=True)[0, 0]
@@ -202,30 +183,6 @@ def _crop_center(
         center = middle + spread * room
     # whole voxels between crop and source make an unaugmented crop an exact copy
     return np.round(np.clip(center, middle - room, middle + room) - (extent - 1) / 2) + (extent - 1) / 2
-
-
-def _random_affine(augment: AugmentConfig, spacing: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """(3, 3) matrix from voxel offsets in the crop to voxel offsets in the source; rotations act in mm."""
-    rotation = np.eye(3)
-    for axis, limit in enumerate(augment.rotation_deg):
-        angle = np.deg2rad(rng.uniform(-limit, limit))
-        a, b = [other for other in range(3) if other != axis]
-        turn = np.eye(3)
-        turn[a, a] = turn[b, b] = np.cos(angle)
-        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
-        rotation = rotation @ turn
-    zoom = np.diag([1 + rng.uniform(-limit, limit) for limit in augment.zoom])
-    matrix = np.diag(1 / np.array(spacing)) @ rotation @ zoom @ np.diag(spacing)
-    return np.eye(3) if np.allclose(matrix, np.eye(3), atol=1e-12) else matrix
-
-
-def _change_intensity(hu: Tensor, augment: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    shift = rng.uniform(-augment.shift_hu, augment.shift_hu)
-    deviation = rng.uniform(0, augment.noise_hu)
-    if shift == 0 and deviation == 0:
-        return hu
-    noise = rng.standard_normal(tuple(hu.shape), dtype=np.float32)
-    return hu + torch.from_numpy(noise).mul_(deviation).add_(shift)
 
 
 def _mirror(
