@@ -1,0 +1,5 @@
+"""The paper's comparisons as commands."""
+
+from .command import main
+
+__all__ = ["main"]

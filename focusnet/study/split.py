@@ -1,0 +1,62 @@
+"""Which cases train and which test, as two folders of links, so that every command takes them."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.cases import Case, find_cases
+from ..errors import FocusNetError
+
+
+def choose_test_cases(cases: Sequence[Case], named: Sequence[str] | None, share: float, seed: int) -> list[str]:
+    """Names of the test cases: those `named`, else a seeded draw of `share` of all.
+
+    Raises:
+        FocusNetError: a named case is not there, or none is left to train on.
+    """
+    names = [case.name for case in cases]
+    if named is None:
+        order = np.random.default_rng(seed).permutation(len(names))
+        named = sorted(names[i] for i in order[: max(1, round(share * len(names)))])
+    absent = sorted(set(named) - set(names))
+    if absent:
+        raise FocusNetError(f"no case named {', '.join(absent)} among the {len(names)} cases")
+    if len(set(named)) == len(names):
+        raise FocusNetError(f"all {len(names)} cases are test cases, none is left to train on")
+    return list(named)
+
+
+def link_split(data: Path, test: Sequence[str] | Path, out: Path) -> tuple[Path, Path]:
+    """Make `out`/train and `out`/test, which hold links to the cases of `data`; a folder as `test` stays where it is.
+
+    Raises:
+        FocusNetError: `data` holds no cases, or the folders cannot be written.
+    """
+    cases = find_cases(data)
+    if isinstance(test, Path):
+        _link(data, cases, out / "train")
+        return out / "train", test
+    for name, chosen in (
+        ("train", [case for case in cases if case.name not in test]),
+        ("test", [case for case in cases if case.name in test]),
+    ):
+        _link(data, chosen, out / name)
+    return out / "train", out / "test"
+
+
+def _link(data: Path, cases: Sequence[Case], folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    is_nnunet = (data / "labelsTr").is_dir() or (data / "imagesTr").is_dir()
+    for case in cases:
+        if is_nnunet:
+            for file in case.files:
+                (folder / file.parent.name).mkdir(exist_ok=True)
+                (folder / file.parent.name / file.name).symlink_to(file.resolve())
+        else:
+            (folder / case.name).symlink_to((data / case.name).resolve(), target_is_directory=True)
+    if is_nnunet:
+        (folder / "dataset.json").symlink_to((data / "dataset.json").resolve())
