@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from focuskernels import norm_act
 from focuskernels.nn import NormAct3d
+from focuskernels.reference import nn as stock
 
 NORMS = ["batch", "instance", "group"]
 
@@ -49,6 +51,13 @@ def test_without_weight_and_bias() -> None:
     for norm in NORMS:
         expected = by_hand(x, torch.ones(6), torch.zeros(6), norm, 2)
         torch.testing.assert_close(norm_act(x, None, None, norm=norm, num_groups=2, activation=None), expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_stock_norms_have_the_same_defaults(norm: Any) -> None:
+    x = torch.randn(2, 12, 3, 4, 5, dtype=torch.float64)
+    weight, bias = torch.randn(2, 12, dtype=torch.float64)
+    torch.testing.assert_close(stock.norm_act(x, weight, bias, norm), norm_act(x, weight, bias, norm=norm))
 
 
 def test_default_groups_are_the_greatest_common_divisor_with_8() -> None:

@@ -70,6 +70,8 @@ def _case(s: Size) -> Case:
         shape={"shape": shape, "voxels": elements // s.channels, "norm": s.norm},
         dtype=s.dtype,
         layout=s.layout,
+        # PyTorch's own instance norm of so many voxels is off by 5e-5
+        tolerance=1e-4 if s.dtype == torch.float32 else None,
     )
 
 

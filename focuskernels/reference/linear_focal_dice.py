@@ -61,7 +61,7 @@ def backward(
         sums_backward_(logits, _part(target, n, piece), grad_sums[n : n + 1], *options)
         grad_logits = logits[0]
         if features_need_grad:
-            grad[n, :, piece] = weight.t() @ grad_logits
+            _product_into(grad[n, :, piece], weight.t(), grad_logits)
         grad_weight += grad_logits @ f.t()
         grad_bias += grad_logits.sum(dim=1, dtype=dtype)
     return grad, grad_weight, grad_bias
@@ -113,6 +113,14 @@ def chunk_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         return logits.unsqueeze(0)
     rows = features.t() @ weight.t() if bias is None else torch.addmm(bias, features.t(), weight.t())
     return rows.t().unsqueeze(0)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """a @ b, in the layout of `out` from the beginning."""
+    if out.stride(1) == 1:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(b.t(), a.t(), out=out.t())
 
 
 def _part(target: Tensor, n: int, piece: slice) -> Tensor:

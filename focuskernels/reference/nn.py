@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import DenseASPP3d, DilatedConv3d, NormAct3d, SEResBlock3d, SEResidual3d, UpSEResBlock3d
+from ..norm_act import group_count
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -127,7 +128,7 @@ def norm_act(
     elif norm == "instance":
         y = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     else:
-        y = F.group_norm(x, num_groups or 1, weight, bias, eps)
+        y = F.group_norm(x, group_count(x.shape[1], num_groups), weight, bias, eps)
     if activation == "relu":
         return F.relu(y, inplace=True)
     return F.leaky_relu(y, negative_slope, inplace=True) if activation == "leaky_relu" else y
