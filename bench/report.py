@@ -63,7 +63,7 @@ def collect(paths: Sequence[Path]) -> Machines:
 def is_stale(row: Row) -> bool:
     """Whether the kernels have changed since."""
     op = ops().get(row["op"])
-    return op is None or row["sources"] != source_hash(op)
+    return op is None or row["sources"] not in {source_hash(op, device) for device in ("cpu", "cuda")}
 
 
 def report(machines: Machines, plots: dict[tuple[Any, ...], list[str]]) -> str:

@@ -95,7 +95,7 @@ class Runner:
         )
 
     def _case(self, op: Op, case: Case) -> None:
-        sources, names = source_hash(op), [p.name for p in case.providers if p.role not in self.without]
+        sources, names = source_hash(op, self.device), [p.name for p in case.providers if p.role not in self.without]
         modes = list(case.cost)
         if self.resume:
             done = self.store.complete

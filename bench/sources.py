@@ -12,21 +12,24 @@ ROOT = Path(__file__).resolve().parent.parent
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
-def source_files(op: Op, root: Path = ROOT) -> list[Path]:
-    """The kernels' sources: public function, reference, Triton kernels, csrc with the headers it includes."""
+def source_files(op: Op, device: str, root: Path = ROOT) -> list[Path]:
+    """What runs on a device: public function, reference, and Triton kernels or csrc with the headers it includes."""
     found: set[Path] = set()
     for stem in op.stems:
-        for folder in ("", "kernels/", "reference/"):
+        for folder in ("", "reference/"):
             found.update(root.glob(f"focuskernels/{folder}{stem}.py"))
-        found.update(_with_headers(path for path in root.glob(f"csrc/{stem}*") if path.is_file()))
+        if device == "cuda":
+            found.update(root.glob(f"focuskernels/kernels/{stem}.py"))
+        else:
+            found.update(_with_headers(path for path in root.glob(f"csrc/{stem}*") if path.is_file()))
     found.update(root / name for name in op.files)
     return sorted(found)
 
 
-def source_hash(op: Op, root: Path = ROOT) -> str:
+def source_hash(op: Op, device: str, root: Path = ROOT) -> str:
     """A short hash over names and contents of `source_files`."""
     digest = hashlib.sha256()
-    for path in source_files(op, root):
+    for path in source_files(op, device, root):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -142,7 +142,8 @@ def test_peers_of_roi_align_get_the_right_boxes(
 
 def test_kernels_of_every_op_are_found() -> None:
     for op in ops().values():
-        names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op)}
+        found = [path for device in ("cpu", "cuda") for path in sources.source_files(op, device)]
+        names = {path.relative_to(ROOT).as_posix() for path in found}
         for stem in op.stems:
             assert stem in {Path(name).stem for name in names}
         assert all((ROOT / name).is_file() for name in names)
@@ -150,7 +151,7 @@ def test_kernels_of_every_op_are_found() -> None:
 
 def test_what_kernels_import_makes_results_stale_too() -> None:
     for op in ops().values():
-        names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op)}
+        names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op, "cuda")}
         for name in [name for name in names if name.startswith("focuskernels/kernels/")]:
             imported = re.findall(
                 r"^from \.(\w+) import|^from \. import (\w+)", (ROOT / name).read_text(), re.MULTILINE
@@ -201,7 +202,7 @@ def test_resume_measures_only_what_is_not_there(tmp_path: Path, monkeypatch: pyt
     assert again.rows == first.rows
     more, _ = run_op(path, ours(square), eager(square), eager(square, "another", "peer"), resume=True)
     assert {row["run"] for row in more.rows} == {2}
-    monkeypatch.setattr(runner_module, "source_hash", lambda op: "changed")
+    monkeypatch.setattr(runner_module, "source_hash", lambda op, device: "changed")
     changed, _ = run_op(path, ours(square), eager(square), resume=True)
     assert {row["sources"] for row in changed.rows if row["provider"] != "another"} == {"changed"}
 
@@ -256,7 +257,7 @@ def test_what_compiling_took_outlives_a_run_with_a_cache(tmp_path: Path, monkeyp
     store, _ = run_op(path, ours(square))
     kept = {"compiled": 4, "compile_s": 2.5, "cached": 0, "trials": 3, "trial_s": 0.5}
     assert [(row["run"], row["kernels"]) for row in store.rows] == [(2, kept)] * 3
-    monkeypatch.setattr(runner_module, "source_hash", lambda op: "changed")
+    monkeypatch.setattr(runner_module, "source_hash", lambda op, device: "changed")
     store, _ = run_op(path, ours(square))
     assert [row["kernels"]["compiled"] for row in store.rows] == [0, 0, 0]
 
@@ -379,11 +380,11 @@ def test_source_hash_follows_included_headers(tmp_path: Path) -> None:
     files = {"focuskernels/stem.py": "a", "csrc/stem.cpp": '#include "common.h"\n', "csrc/common.h": "x"}
     for name, text in {**files, "csrc/other.h": "y"}.items():
         (tmp_path / name).write_text(text)
-    before = sources.source_hash(op, tmp_path)
+    before = sources.source_hash(op, "cpu", tmp_path)
     (tmp_path / "csrc/other.h").write_text("changed")
-    assert sources.source_hash(op, tmp_path) == before
+    assert sources.source_hash(op, "cpu", tmp_path) == before
     (tmp_path / "csrc/common.h").write_text("changed")
-    assert sources.source_hash(op, tmp_path) != before
+    assert sources.source_hash(op, "cpu", tmp_path) != before
 
 
 def test_report_marks_stale_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +402,7 @@ def test_report_marks_stale_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     text = (docs / "benchmarks.md").read_text(encoding="utf-8")
     assert text.startswith("intro\n") and text.endswith(f"{report.END}\nend\n") and "old" not in text
     assert "### square" in text and "not for this machine" in text and "stale" not in text
-    monkeypatch.setattr(report, "source_hash", lambda op: "changed")
+    monkeypatch.setattr(report, "source_hash", lambda op, device: "changed")
     assert report.main(arguments) == 0
     assert "(stale)" in (docs / "benchmarks.md").read_text(encoding="utf-8")
 
