@@ -23,6 +23,7 @@ from .reference.channelwise import RELU, table_dtype
 from .reference.norm_act import Sets, gradient, statistics, table
 
 POINT = (1, 1, 1)
+SLAB = 1 << 20  #: elements
 
 
 class Branch(NamedTuple):
@@ -62,21 +63,30 @@ class Passes:
 
     def reduce(self, buffer: Tensor, channels: int, table: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The bottleneck h, and its moments where they come for free."""
-        y = channelwise.affine(_first(buffer, channels), table, None, RELU, 0.0).to(weight.dtype)
-        return forward_op(y, weight, None, POINT).contiguous(memory_format=layout_of(buffer)), None
+        h = _empty(buffer, len(weight), weight.dtype)
+        for slab in slabs(buffer, channels):
+            y = channelwise.affine(_first(buffer[:, :, slab], channels), table, None, RELU, 0.0).to(weight.dtype)
+            h[:, :, slab] = forward_op(y, weight, None, POINT)
+        return h, None
 
     def reduce_backward(
         self, grad: Tensor, buffer: Tensor, channels: int, table: Tensor, weight: Tensor, rows_of: RowsOf, into: Tensor
     ) -> Tensor:
         """From the gradient of h, that of the weight; that of the buffer is added to `into`."""
-        x = _first(buffer, channels)
-        y = channelwise.affine(x, table, None, RELU, 0.0).to(weight.dtype)
-        grad_weight = grad_weight_op(grad, y, weight, POINT, False)[0]
-        del y
-        d = grad_input_op(grad, weight, POINT).to(x.dtype, memory_format=layout_of(buffer))
-        rows = rows_of(channelwise.affine_sums(d, x, table, None, RELU, 0.0, False)[0])
-        into[:, :channels] += channelwise.affine_backward(d, x, table, rows, RELU, 0.0)
-        return grad_weight
+        grad_weights, sums = [], []
+        d = _empty(buffer, channels, buffer.dtype)
+        for slab in slabs(buffer, channels):
+            x, g = _first(buffer[:, :, slab], channels), _first(grad[:, :, slab], len(weight))
+            y = channelwise.affine(x, table, None, RELU, 0.0).to(weight.dtype)
+            grad_weights.append(grad_weight_op(g, y, weight, POINT, False)[0])
+            part = grad_input_op(g, weight, POINT).to(x.dtype, memory_format=layout_of(x))
+            sums.append(channelwise.affine_sums(part, x, table, None, RELU, 0.0, False)[0])
+            d[:, :, slab] = part
+        rows = rows_of(torch.stack(sums).sum(dim=0))
+        for slab in slabs(buffer, channels):
+            x, part = (_first(t[:, :, slab], channels) for t in (buffer, d))
+            into[:, :channels, slab] += channelwise.affine_backward(part, x, table, rows, RELU, 0.0)
+        return torch.stack(grad_weights).sum(dim=0)
 
     def grow(
         self, h: Tensor, table: Tensor, weight: Tensor, dilation: Sequence[int], buffer: Tensor, channels: int
@@ -104,6 +114,13 @@ class Passes:
     def _growth_gradient(self, grad: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         """Dense, once for the two products that read it."""
         return grad.to(h.dtype, memory_format=layout_of(h))
+
+
+def slabs(buffer: Tensor, channels: int) -> list[slice]:
+    """Pieces of the depth in which what stands in one layout, of so many channels, stays in a cache."""
+    depth, plane = buffer.shape[2], buffer.shape[0] * channels * buffer.shape[3:].numel()
+    thickness = max(1, SLAB // max(1, plane))
+    return [slice(start, min(start + thickness, depth)) for start in range(0, depth, thickness)]
 
 
 def _first(buffer: Tensor, channels: int) -> Tensor:
