@@ -14,13 +14,12 @@ from ..data.cache import DEFAULT_CACHE
 from ..data.cases import find_cases
 from ..errors import FocusNetError
 from ..files import check_writable
-from ..train import check_stages
+from ..train import STAGES, check_stages
 from .report import Column, Report
 from .rows import NOTES, PDDCA_TEST, PUBLISHED_ON, TABLES, Row
 from .runner import RowResult, Study
 from .split import choose_test_cases, link_split
 
-STAGES = ("snet", "sol", "sos", "joint")
 TEST_SHARE = 0.25
 
 

@@ -153,6 +153,8 @@ class Study:
         torch.manual_seed(config.train.seed)
         network = build_network(config, plan)
         network.snet.load_state_dict(trained.network.snet.state_dict())
+        if "weights" in training:  # of which the checkpoint's own are the average
+            training["weights"] = network.state_dict()
         save_checkpoint(folder / "last.pt", Model(network, config, plan, trained.parts), training)
 
     def _predictions(self, row: Row, folder: Path) -> Path:
