@@ -57,11 +57,11 @@ class _InOneKernel(dense_aspp3d.Passes):
         return grad
 
 
-def body_of(op: Any, device_type: str) -> Callable[..., Any] | None:
-    """What runs inside `op`, a `torch.ops` overload, on that type of device if it consists of other ops; else None.
+def bodies_of(device_type: str) -> dict[Any, Callable[..., Any]]:
+    """What runs inside the ops that consist of others on that type of device, by `torch.ops` overload.
 
     For modes that count memory, which see only what an opaque op takes and returns.
     """
     passes = _InOneKernel if device_type == "cuda" else dense_aspp3d.Passes
     forward, backward = dense_aspp3d.bodies(passes)
-    return {_ops.dense_aspp3d_fwd.default: forward, _ops.dense_aspp3d_bwd.default: backward}.get(op)
+    return {_ops.dense_aspp3d_fwd.default: forward, _ops.dense_aspp3d_bwd.default: backward}

@@ -17,6 +17,8 @@ Network = Literal["snet", "unet", "deeplab"]
 Norm = Literal["batch", "instance", "group"]
 Backend = Literal["fused", "reference"]
 Triple = tuple[int, int, int]
+#: Side of a training crop in voxels.
+LEAST_CROP = 8
 
 
 @dataclass
@@ -256,7 +258,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "train.validate_every",
     ),
     ("at least 2", _each(lambda n: n >= 2), "data.roi_size"),
-    ("at least 8", _each(lambda n: n >= 8), "train.crop"),
+    (f"at least {LEAST_CROP}", _each(lambda n: n >= LEAST_CROP), "train.crop"),
     ("odd and positive", _each(lambda n: n > 0 and n % 2 == 1), "model.stem_kernel"),
     ("from 0 to 180", _each(lambda n: 0 <= n <= 180), "train.augment.rotation_deg"),
     ("from 0 to 1", _each(lambda n: 0 <= n <= 1), "train.organ_crops train.*.milestones predict.min_peak"),

@@ -1,4 +1,5 @@
-"""`python -m focusnet.plan --shape D H W`: memory and FLOPs of every stage, before anything runs.
+"""`python -m focusnet.plan --shape D H W`: memory and FLOPs of every stage, before anything runs; with `--memory`, the
+largest volumes that fit.
 
 Each stage's own code runs on tensors without data (`FakeTensorMode`: the meta device knows no autocast), and a
 dispatch mode counts what is alive. `torch.distributed._tools.MemTracker` does so too, but it is private, cannot
@@ -8,15 +9,18 @@ Not `data/plan.py`, which holds what was measured on a data set.
 
 import copy
 import itertools
+import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, get_args
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
@@ -25,11 +29,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from focuskernels import heatmap_argmax_3d
-from focuskernels.flops import body_of
+from focuskernels.flops import bodies_of
 
 from .checkpoint import Model, build_network
 from .cli import add_config, command_parser, config_of, console, parse, run
-from .config import Config, LossConfig, StageConfig, Triple, total_stride
+from .config import LEAST_CROP, Backend, Config, LossConfig, StageConfig, Triple, total_stride
 from .data.crops import Crop
 from .data.plan import OrganPlan, Plan
 from .errors import FocusNetError
@@ -45,6 +49,10 @@ ORGANS, SMALL, ROI = 9, 3, (8, 64, 64)
 CUDA_BLOCK = 512
 #: Name of what an op allocates and frees itself.
 INSIDE = -1
+#: How often a search for the largest crop asks for a peak.
+MOST_RUNS = 6
+#: Share of the memory that stays free for what is not predicted: the vendor's libraries, gaps between allocations.
+SPARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class MemoryLedger(TorchDispatchMode):
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type = device_type
+        self._bodies = bodies_of(device_type)
         self._block = CUDA_BLOCK if device_type == "cuda" else 1
         self._counter = itertools.count()
         self._bytes = 0
@@ -93,7 +102,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op and count its results."""
-        body = body_of(func, self.device_type)
+        body = self._bodies.get(func)
         if body is None:
             result = func(*args, **(kwargs or {}))
         else:
@@ -250,6 +259,8 @@ def _optimizer_bytes(parameters: Sequence[nn.Parameter], settings: StageConfig) 
     for parameter in shapes:
         parameter.grad = torch.empty_like(parameter)
     optimizer = make_optimizer(shapes, settings)
+    for group in optimizer.param_groups:
+        group["foreach"] = True  # all parameters at once, which is much faster here
     optimizer.step()
     return sum(value.nbytes for value in tree_leaves(list(optimizer.state.values())) if isinstance(value, Tensor))
 
@@ -263,6 +274,116 @@ def _estimate(
     return Estimate(of_weights + optimizer, kept, sum(peak.values()) - of_weights - kept, forward, backward)
 
 
+def peaks_of(config: Config, plan: Plan, shape: Triple, device_type: str) -> dict[str, Callable[[Triple], int]]:
+    """Peak bytes as functions of the crop: of a step of every stage, and of the prediction of a CT of `shape`.
+
+    The one that takes most comes first.
+    """
+
+    def prediction(crop: Triple) -> int:
+        with_crop = replace(config, train=replace(config.train, crop=crop))
+        return predict_estimate(with_crop, plan, shape, device_type).peak
+
+    def step(stage: str, crop: Triple) -> int:
+        return train_estimate(config, plan, stage, crop, device_type).peak
+
+    return {**{stage: partial(step, stage) for stage in reversed(_stages(plan))}, PREDICT: prediction}
+
+
+def whole_crop(shape: Sequence[int], strides: list[Triple]) -> Triple:
+    """The crop that holds a volume of `shape`: a multiple of the total stride, as large as crops must be at least."""
+    d, h, w = (
+        max(-(-side // stride), -(-LEAST_CROP // stride), 2) * stride
+        for side, stride in zip(shape, total_stride(strides), strict=True)
+    )
+    return d, h, w
+
+
+def crop_with(voxels: float, shape: Triple, strides: list[Triple]) -> Triple | None:
+    """The largest crop of about the proportions of `shape` with at most so many voxels; None if there is none."""
+    share = (max(voxels, 0) / math.prod(shape)) ** (1 / 3)
+    # rounded down to the total stride
+    sides = [int(share * side + 1e-6) // stride * stride for side, stride in zip(shape, total_stride(strides))]
+    crop = whole_crop(sides, strides)
+    return crop if math.prod(crop) <= voxels else None
+
+
+def largest_crop(peak: Callable[[Triple], int], limit: float, shape: Triple, strides: list[Triple]) -> Triple | None:
+    """The largest crop of about the proportions of `shape`, and no larger, whose peak is at most `limit`; or None.
+
+    Peaks are nearly linear in voxels, so that the secant method needs few of them. It ends within 3 % of the limit.
+    """
+    found, before, last = None, (0, 0.0), (math.prod(shape), float(peak(shape)))
+    if last[1] <= limit:
+        return shape
+    for _ in range(MOST_RUNS):
+        if last[1] == before[1]:
+            break
+        voxels = last[0] + (limit - last[1]) / (last[1] - before[1]) * (last[0] - before[0])
+        crop = crop_with(min(voxels, math.prod(shape)), shape, strides)
+        if crop is None or math.prod(crop) in (before[0], last[0]):
+            break
+        before, last = last, (math.prod(crop), float(peak(crop)))
+        if last[1] <= limit and (found is None or last[0] > math.prod(found)):
+            found = crop
+            if last[1] > 0.97 * limit:
+                break
+    return found
+
+
+def fitting_crop(config: Config, plan: Plan, memory: str, device: torch.device, processes: int = 1) -> Triple:
+    """The largest `train.crop`, up to the largest case, with which every stage is predicted to fit into memory.
+
+    A tenth of the memory stays free. Crops have the proportions of the largest case.
+
+    Args:
+        config: The configuration; `train.crop` is passed over.
+        plan: The plan of the data set.
+        memory: Of the device in GB; or "auto" for what is free on a GPU.
+        device: Where to train.
+        processes: How many share a batch.
+
+    Raises:
+        FocusNetError: no crop fits, or no prediction of the largest case.
+    """
+    limit = (1 - SPARE) * _bytes_of(memory, device)
+    config = replace(config, train=replace(config.train, batch_size=config.train.batch_size // processes))
+    largest = [max(sides) for sides in zip(*(case.shape for case in plan.cases), strict=True)]
+    crop: Triple | None
+    crop = whole = whole_crop(largest, config.model.downsampling)
+    for name, peak in peaks_of(config, plan, whole, device.type).items():
+        if name != PREDICT and not getattr(config.train, name).epochs:
+            continue
+        crop = largest_crop(peak, limit, crop, config.model.downsampling)
+        if crop is None:
+            raise FocusNetError(
+                f"--memory {memory}: {name} takes more than {limit / 1e9:.3g} GB with any crop of a case of "
+                f"{_size(largest)} voxels; lower train.batch_size or take a coarser data.spacing"
+            )
+    return crop
+
+
+def _stages(plan: Plan) -> tuple[str, ...]:
+    return STAGES if plan.small_organs else STAGES[:1]
+
+
+def _bytes_of(memory: str, device: torch.device) -> float:
+    """Of `--memory`."""
+    if memory == "auto" and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        gigabytes = float(memory)
+    except ValueError:
+        gigabytes = math.nan
+    if not 0 < gigabytes < math.inf:
+        raise FocusNetError(f"--memory {memory}: expected GB above 0, or auto for what is free on a GPU")
+    return gigabytes * 1e9
+
+
+def _size(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
+
+
 def _print(out: Console, title: str, rows: dict[str, Estimate]) -> None:
     table = Table("stage", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
     for column in ("peak GB", "weights etc.", "saved", "workspace", "forward TFLOP", "backward TFLOP"):
@@ -273,16 +394,66 @@ def _print(out: Console, title: str, rows: dict[str, Estimate]) -> None:
     out.print(table)
 
 
+def _print_largest(out: Console, config: Config, plan: Plan, shape: Triple, memory: str, device_type: str) -> None:
+    """Memory over volume size, and the largest volumes that fit, with both backends."""
+    limit = (1 - SPARE) * _bytes_of(memory, torch.device("cpu"))
+    names, backends = (*_stages(plan), PREDICT), get_args(Backend)
+    whole = whole_crop(shape, config.model.downsampling)
+    sizes = [crop_with(math.prod(whole) * share, whole, config.model.downsampling) for share in (1 / 4, 1 / 2)]
+    rows: dict[Triple, list[str]] = {size: [] for size in (*sizes, whole) if size is not None}
+    largest: dict[str, list[Triple | None]] = {}
+    for name in track(names, "predicting", console=console(stderr=True), transient=True):
+        peaks, largest[name] = [], []
+        for backend in backends:
+            layout = replace(config, model=replace(config.model, backend=backend))
+            peak = cache(_volume_peak(layout, plan, name, device_type))
+            peaks.append([f"{peak(size) / 1e9:.2f}" for size in rows])
+            largest[name].append(_largest_volume(peak, limit, whole, config.model.downsampling))
+        for cells, here in zip(rows.values(), zip(*peaks, strict=True), strict=True):
+            cells.append(" / ".join(here))
+    of = f"a step on {config.train.batch_size} of them, or prediction in one window; {' / '.join(backends)}"
+    table = Table("voxels", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"Peak GB, {device_type}: {of}")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for size, cells in rows.items():
+        table.add_row(_size(size), *cells)
+    out.print(table)
+    table = Table("", *backends, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"Largest in {memory} GB, a tenth spare")
+    for name, found in largest.items():
+        table.add_row(name, *(_size(size) if size else "none" for size in found))
+    out.print(table)
+    own = [found[backends.index(config.model.backend)] for found in largest.values()]
+    fitting = [size for size in (*own, whole) if size is not None]
+    crop = ",".join(map(str, min(fitting, key=math.prod)))
+    out.print(
+        f"{f'--train.crop [{crop}]' if all(own) else 'no crop'} fits all of it, up to {_size(shape)}", markup=False
+    )
+
+
+def _volume_peak(config: Config, plan: Plan, name: str, device_type: str) -> Callable[[Triple], int]:
+    """As of `peaks_of`, but of a prediction in one window, whatever the volume."""
+    return lambda size: peaks_of(config, plan, size, device_type)[name](size)
+
+
+def _largest_volume(peak: Callable[[Triple], int], limit: float, shape: Triple, strides: list[Triple]) -> Triple | None:
+    """As `largest_crop`, but it may be larger than `shape`."""
+    start = crop_with(1.02 * math.prod(shape) * limit / peak(shape), shape, strides)
+    return None if start is None else largest_crop(peak, limit, start, strides)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = command_parser(
         "plan",
         "--shape D H W",
         "Predict memory and FLOPs of every stage before anything runs: a step of training on crops of that shape and "
-        "of train.crop, and the prediction of a CT of that shape. Nothing of that size is allocated.",
-        ["--shape 160 512 512", "--shape 160 512 512 --amp --device cuda", "--shape 64 128 128 --config demo"],
+        "of train.crop, and the prediction of a CT of that shape. With --memory, how large volumes of these "
+        "proportions may be, also with stock PyTorch, and the largest train.crop up to that shape. Nothing of that "
+        "size is allocated.",
+        ["--shape 160 512 512", "--shape 160 512 512 --amp --memory 80", "--shape 64 128 128 --config demo"],
     )
     parser.add_argument("--shape", type=int, nargs=3, required=True, help="voxels (z, y, x) on the network's grid")
+    parser.add_argument("--memory", type=str, metavar="GB", help="of the device: find the largest volumes that fit")
     parser.add_argument("--amp", action="store_true", help="as --train.amp true")
     parser.add_argument("--device", type=str, default="cuda", help="cpu or cuda, which need not be there")
     parser.add_argument("--organs", type=int, help=f"number of organs (default: as in data.organs, else {ORGANS})")
@@ -305,19 +476,20 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= small <= organs or organs < 1:
         raise FocusNetError(f"--organs {organs} --small {small}: expected at least one organ, and no more small ones")
     plan = assumed_plan(config, organs, small, roi)
-    stages = STAGES if small else STAGES[:1]
+    stages = _stages(plan)
     out = console()
     amp = "bfloat16 where it is safe" if config.train.amp else "float32"
     out.print(
         f"{organs} organs, {small} of them small with an ROI of {config.data.roi_size or roi}; {amp}", markup=False
     )
+    if arguments.memory is not None:
+        _print_largest(out, config, plan, shape, arguments.memory, arguments.device)
+        return 0
     for crop in dict.fromkeys((shape, config.train.crop)):
         rows = {stage: train_estimate(config, plan, stage, crop, arguments.device) for stage in stages}
-        size = " x ".join(map(str, crop))
-        _print(out, f"One step, {config.train.batch_size} x {size} voxels, {arguments.device}", rows)
-    size = " x ".join(map(str, shape))
+        _print(out, f"One step, {config.train.batch_size} x {_size(crop)} voxels, {arguments.device}", rows)
     rows = {PREDICT: predict_estimate(config, plan, shape, arguments.device)}
-    _print(out, f"Prediction of {size} voxels in windows of {' x '.join(map(str, config.train.crop))}", rows)
+    _print(out, f"Prediction of {_size(shape)} voxels in windows of {_size(config.train.crop)}", rows)
     return 0
 
 

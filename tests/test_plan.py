@@ -1,6 +1,7 @@
 """Predicted memory and FLOPs against what a step really takes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,21 @@ from focuskernels.reference.nn import to_reference
 from focusnet.checkpoint import Model, build_network
 from focusnet.config import Config, DataConfig, ModelConfig, Triple
 from focusnet.data.crops import Crop
+from focusnet.data.plan import CaseRecord, Plan
 from focusnet.errors import FocusNetError
 from focusnet.inference import segment
-from focusnet.plan import MemoryLedger, assumed_plan, main, predict_estimate, train_estimate
+from focusnet.plan import (
+    SPARE,
+    MemoryLedger,
+    assumed_plan,
+    crop_with,
+    fitting_crop,
+    largest_crop,
+    main,
+    predict_estimate,
+    train_estimate,
+    whole_crop,
+)
 from focusnet.train import STAGES, make_optimizer, set_trained, stage_loss
 
 #: Of predicted and measured peak. What oneDNN takes for itself depends on the shape; 3 % was the most in docs/model.md.
@@ -154,3 +167,106 @@ def test_command(capsys) -> None:
         main(["--shape", "8", "16", "16", "--organs", "9", "--small", "10"])
     with pytest.raises(FocusNetError, match="--device tpu"):
         main(["--shape", "8", "16", "16", "--device", "tpu"])
+
+
+@pytest.mark.parametrize("share", [1.5, 0.99, 0.5, 0.03])
+@pytest.mark.parametrize(
+    "per_voxel",
+    [lambda v: 1.0, lambda v: 1 + 1e6 / v, lambda v: 1 - 0.3 * min(1, v / 8e6)],
+    ids=["line", "fixed", "kink"],
+)
+def test_few_runs_find_the_largest_crop(per_voxel, share: float) -> None:
+    whole, runs = (160, 512, 512), []
+
+    def peak(crop: Triple) -> int:
+        runs.append(crop)
+        return round(math.prod(crop) * per_voxel(math.prod(crop)))
+
+    limit = share * math.prod(whole)
+    found = largest_crop(peak, limit, whole, [(1, 2, 2)])
+    assert peak(found) <= limit
+    assert found == whole or peak(found) > 0.95 * limit
+    assert len(runs) <= 8  # two of them here
+    assert largest_crop(peak, 100.0, whole, [(1, 2, 2)]) is None
+
+
+def test_crops_of_the_proportions_of_a_volume() -> None:
+    strides = [(1, 2, 2), (2, 2, 2)]
+    assert whole_crop((157, 511, 2), strides) == (158, 512, 8)
+    whole = (160, 512, 512)
+    assert crop_with(math.prod(whole), whole, strides) == whole
+    assert crop_with(2 * math.prod(whole), whole, strides) == (200, 644, 644)
+    for share in (0.9, 0.5, 0.1, 0.01):
+        crop = crop_with(share * math.prod(whole), whole, strides)
+        larger = [side + stride for side, stride in zip(crop, (2, 4, 4), strict=True)]
+        assert math.prod(crop) <= share * math.prod(whole) < math.prod(larger)
+        assert all(side % stride == 0 for side, stride in zip(crop, (2, 4, 4), strict=True))
+    assert crop_with(8**3, whole, strides) == (8, 8, 8)
+    assert crop_with(8**3 - 1, whole, strides) is None
+    assert crop_with(-1.0, whole, strides) is None
+
+
+def plan_of_cases(config: Config) -> Plan:
+    cases = [CaseRecord(str(shape), shape, [], {}) for shape in [(19, 40, 36), (16, 47, 30)]]
+    return replace(assumed_plan(config, ORGANS, SMALL, ROI), cases=cases)
+
+
+def test_the_largest_crop_that_fits() -> None:
+    config, plan = configuration(), plan_of_cases(configuration())
+    config.train.batch_size = 4
+    config.train.sol.epochs = config.train.sos.epochs = config.train.joint.epochs = 0
+    memory = 0.02
+    crop = fitting_crop(config, plan, str(memory), torch.device("cpu"), processes=2)
+    config.train.batch_size = 2
+    limit = (1 - SPARE) * memory * 1e9
+    assert 0.9 * limit < train_estimate(config, plan, "snet", crop).peak <= limit
+    assert math.prod(crop) < math.prod((19, 48, 36))
+
+
+def steps(**per_voxel: float):
+    """In the place of `peaks_of`: so many bytes per voxel; prediction takes 50 per voxel of the whole CT too."""
+
+    def peaks(config: Config, plan: Plan, shape: Triple, device_type: str):
+        batch = config.train.batch_size
+        factor = {"fused": 1, "reference": 3}[config.model.backend]
+        training = {n: lambda crop, b=b: round(factor * b * batch * math.prod(crop)) for n, b in per_voxel.items()}
+        return {**training, "predict": lambda crop: 100 * math.prod(crop) + 50 * math.prod(shape)}
+
+    return peaks
+
+
+def test_every_stage_that_is_trained_fits(monkeypatch) -> None:
+    monkeypatch.setattr("focusnet.plan.peaks_of", steps(joint=2000, sos=500, sol=3000, snet=1000))
+    config, plan, cpu = configuration(), plan_of_cases(configuration()), torch.device("cpu")
+    whole, least = 19 * 48 * 36, 8**3  # voxels
+    assert fitting_crop(config, plan, f"{3000 * whole / 0.9e9}", cpu) == (19, 48, 36)
+    crop = fitting_crop(config, plan, f"{0.5 * 3000 * whole / 0.9e9}", cpu)
+    assert 0.4 * whole < math.prod(crop) <= 0.5 * whole
+    config.train.sol.epochs = 0  # the next most is 2000
+    assert math.prod(fitting_crop(config, plan, f"{0.5 * 3000 * whole / 0.9e9}", cpu)) > 0.6 * whole
+    with pytest.raises(FocusNetError, match=r"--memory 0.001: joint takes more than 0.0009 GB with any crop"):
+        fitting_crop(config, plan, "0.001", cpu)
+    monkeypatch.setattr("focusnet.plan.peaks_of", steps(snet=1))
+    with pytest.raises(FocusNetError, match=r"predict takes more than .* any crop of a case of 19 x 47 x 36 voxels"):
+        fitting_crop(config, plan, f"{(100 * least + 49 * whole) / 0.9e9}", cpu)
+
+
+@pytest.mark.parametrize("memory", ["auto", "0", "nan", "much"])
+def test_memory_is_a_number(memory: str) -> None:
+    config = configuration()
+    with pytest.raises(FocusNetError, match=f"--memory {memory}: expected GB above 0, or auto"):
+        fitting_crop(config, plan_of_cases(config), memory, torch.device("cpu"))
+
+
+def test_command_for_the_largest_volume(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("focusnet.plan.peaks_of", steps(snet=1000, sol=500, sos=500, joint=2000))
+    arguments = ["--shape", "160", "512", "512", "--train.batch_size", "1", "--memory"]
+    assert main([*arguments, "80"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "160 x 512 x 512 41.94 / 125.83 20.97 / 62.91 20.97 / 62.91 83.89 / 251.66 6.29 / 6.29" in printed
+    assert "joint 152 x 486 x 486 105 x 336 x 336" in printed  # 72 GB for 2000 and 6000 bytes a voxel
+    assert "--train.crop [152,486,486] fits all of it, up to 160 x 512 x 512" in printed
+    assert main([*arguments, "100"]) == 0
+    assert "--train.crop [160,512,512] fits" in capsys.readouterr().out
+    assert main([*arguments, "0.001"]) == 0
+    assert "no crop fits all of it" in capsys.readouterr().out
