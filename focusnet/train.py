@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -426,6 +426,7 @@ def start_training(
     cache: Path = DEFAULT_CACHE,
     resume: bool = False,
     skip_bad: bool = False,
+    memory: str | None = None,
     device: torch.device,
 ) -> None:
     """Prepare `source`, then train in `out`; what the command does.
@@ -437,6 +438,7 @@ def start_training(
         cache: Folder for prepared data of all data sets and settings.
         resume: Go on from `out`/last.pt.
         skip_bad: Leave out unusable cases instead of failing.
+        memory: Of the device: a new run takes the largest `train.crop` that fits; see `fitting_crop`.
         device: Where to compute.
     """
     check_stages(config.train)
@@ -455,6 +457,12 @@ def start_training(
     check_writable(out)
     folder = cache_folder(cache, source, config.data)
     plan = prepare(source, folder, config.data, skip_bad=skip_bad, tell=tell)
+    if stored is None and memory is not None:
+        from .plan import fitting_crop  # which imports this file
+
+        crop = fitting_crop(config, plan, memory, device)
+        config = replace(config, train=replace(config.train, crop=crop))
+        _say(reporter, f"train.crop is {crop}, the largest that fits")
     if stored is None:
         torch.manual_seed(config.train.seed)
         model = Model(build_network(config, plan).to(device), config, plan, ())
@@ -515,6 +523,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip_bad", action="store_true", help="leave out unusable cases instead of failing")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its own settings")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--memory",
+        type=str,
+        metavar="GB|auto",
+        help="of the device: take the largest train.crop, up to a whole CT, that fits; a resumed run keeps its own",
+    )
     add_config(parser)
     arguments: Namespace = parse(parser, argv)
     if arguments.resume:
@@ -531,6 +545,7 @@ def main(argv: list[str] | None = None) -> int:
         cache=arguments.cache,
         resume=arguments.resume,
         skip_bad=arguments.skip_bad,
+        memory=arguments.memory,
         device=pick_device(arguments.device),
     )
     return 0

@@ -11,7 +11,7 @@ import focuskernels.flops  # noqa: F401  registers the formulas
 from bench.measure import CpuTimer
 from focuskernels.nn import DenseASPP3d, SEResBlock3d
 from focuskernels.reference.nn import to_reference
-from focusnet.checkpoint import Model, build_network
+from focusnet.checkpoint import Model, build_network, load_checkpoint
 from focusnet.config import Config, DataConfig, ModelConfig, Triple
 from focusnet.data.crops import Crop
 from focusnet.data.plan import CaseRecord, Plan
@@ -29,7 +29,8 @@ from focusnet.plan import (
     train_estimate,
     whole_crop,
 )
-from focusnet.train import STAGES, make_optimizer, set_trained, stage_loss
+from focusnet.train import STAGES, make_optimizer, set_trained, stage_loss, start_training
+from tests.tiny import tiny_config, write_data
 
 #: Of predicted and measured peak. What oneDNN takes for itself depends on the shape; 3 % was the most in docs/model.md.
 #: Not yet measured on a GPU.
@@ -270,3 +271,19 @@ def test_command_for_the_largest_volume(capsys, monkeypatch) -> None:
     assert "--train.crop [160,512,512] fits" in capsys.readouterr().out
     assert main([*arguments, "0.001"]) == 0
     assert "no crop fits all of it" in capsys.readouterr().out
+
+
+def test_train_takes_the_largest_crop(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("focusnet.plan.peaks_of", steps(snet=1000, sol=500, sos=500, joint=2000))
+    config = tiny_config(steps_per_epoch=1)
+    for stage in STAGES:
+        getattr(config.train, stage).epochs = int(stage == "snet")
+    data, out = write_data(tmp_path / "data"), tmp_path / "run"
+    folders = {"cache": tmp_path / "cache", "device": torch.device("cpu")}
+    start_training(data, out, config, memory="0.008", **folders)
+    found = load_checkpoint(out / "best.pt", torch.device("cpu"))[0].config.train.crop
+    assert 1000 * math.prod(found) <= 0.9 * 8e6 and found != config.train.crop == (8, 16, 16)
+    assert f"train.crop is {found}, the largest that fits" in capsys.readouterr().out
+    resumed = replace(config, train=replace(config.train, crop=found))
+    start_training(data, out, resumed, memory="0.001", resume=True, **folders)
+    assert "is complete" in capsys.readouterr().out
