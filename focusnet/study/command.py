@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     train, test = link_split(
         arguments.source,
         _test_cases(arguments.source, arguments.test, arguments.split, base.train.seed),
-        arguments.out / "data",
+        arguments.out / "split",
     )
     study = Study(
         train,

@@ -1,6 +1,6 @@
 """Which cases train and which test, as two folders of links, so that every command takes them."""
 
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,9 +46,20 @@ def link_split(data: Path, test: Sequence[str] | Path, out: Path) -> tuple[Path,
     return out / "train", out / "test"
 
 
-def _link(data: Path, cases: Sequence[Case], folder: Path) -> None:
+def _clear(folder: Path) -> None:
+    """Remove a folder of links, but never anything else."""
+    inside = [Path(root) / name for root, folders, files in os.walk(folder, topdown=False) for name in folders + files]
+    for path in inside:
+        if not path.is_symlink() and not path.is_dir():
+            raise FocusNetError(f"{folder} holds {path.name}, expected links alone; choose another --out")
+    for path in inside:
+        path.unlink() if path.is_symlink() else path.rmdir()
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rmdir()
+
+
+def _link(data: Path, cases: Sequence[Case], folder: Path) -> None:
+    _clear(folder)
     folder.mkdir(parents=True)
     is_nnunet = (data / "labelsTr").is_dir() or (data / "imagesTr").is_dir()
     for case in cases:
