@@ -95,11 +95,13 @@ class _NormAct(torch.autograd.Function):
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if running_mean is None or running_var is None:
-            mean, variance = reference.statistics(channelwise.moments(x), sets)
+            mean, variance = _statistics(x, sets)
         else:
             mean, variance = given_statistics(x, running_mean, running_var)
         rstd = (variance + eps).rsqrt()
         table = reference.table(mean, rstd, weight, bias)
+        if x.shape[0] == 0:
+            rstd, table = rstd[:0], table[:0]
         ctx.save_for_backward(x, table, rstd)
         ctx.sets = None if running_mean is not None else sets
         ctx.options = (activation, slope)
@@ -149,6 +151,14 @@ def recomputing(y: Tensor) -> Iterator[None]:
 
 def _identity(t: Tensor) -> tuple[Any, ...]:
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
+def _statistics(x: Tensor, sets: Sets) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (N, C); (1, C) where other processes hold all samples."""
+    moments = channelwise.moments(x)
+    if sets.reduce is not None and x.shape[0] == 0:
+        moments, sets = moments.new_zeros(1, *moments.shape[1:]), sets._replace(voxels=0)
+    return reference.statistics(moments, sets)
 
 
 def given_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:

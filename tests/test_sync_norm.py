@@ -33,8 +33,24 @@ def synchronised(rank: int, store: str, folder: str) -> None:
     for ours, theirs in zip(network.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(2 * ours.grad, theirs.grad)  # DDP averages
     torch.testing.assert_close(network.eval()(part), whole.eval()(part))
+    without_samples(rank)
     Path(folder, str(rank)).touch()
     dist.destroy_process_group()
+
+
+def without_samples(rank: int) -> None:
+    """A process without a sample takes part, and moves its running statistics as the others do."""
+    network = SEResBlock3d(2, 3).double()
+    whole, shared = copy.deepcopy(network), convert_sync_norm(network)
+    samples, mine = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64), slice(0, 2 * rank)
+    expected, actual = whole(samples), shared(samples[mine])
+    torch.testing.assert_close(actual, expected[mine])
+    torch.testing.assert_close(network.state_dict(), whole.state_dict())
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    actual.backward(upstream[mine])
+    for ours, theirs in zip(network.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, rank * theirs.grad)
 
 
 @pytest.mark.slow
