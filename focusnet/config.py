@@ -181,15 +181,17 @@ class TrainConfig:
 
     Attributes:
         crop: Size in voxels of training crops and of prediction windows.
-        batch_size: Crops per step.
+        batch_size: Crops per step; several processes share them.
         steps_per_epoch: Steps per epoch; 0 shows every training case once.
         organ_crops: Share of crops that are centred near a randomly chosen organ.
         validation: Share of the cases held out to choose the checkpoint; at least one.
         validation_cases: Names of the held-out cases; null draws them.
         validate_every: Epochs between validations; the last epoch of a stage is always validated.
         seed: Seed of everything random.
-        workers: Processes that load data; 0 loads in the training process.
+        workers: Processes that load data, of each training process; 0 loads in that.
         amp: Compute in bfloat16 where that is safe.
+        ema: Decay per step, such as 0.999, of a running average of the weights, which validation, prediction and the
+            next stage then use; 0 leaves it out.
     """
 
     crop: Triple = (40, 192, 192)
@@ -202,6 +204,7 @@ class TrainConfig:
     seed: int = 0
     workers: int = 2
     amp: bool = False
+    ema: float = 0.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     snet: StageConfig = field(default_factory=_snet_stage)
     sol: StageConfig = field(default_factory=StageConfig)
@@ -265,7 +268,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 0 and below 1",
         _each(lambda n: 0 <= n < 1),
-        "train.validation train.augment.zoom train.augment.contrast predict.overlap",
+        "train.validation train.ema train.augment.zoom train.augment.contrast predict.overlap",
     ),
     ("finite", _each(math.isfinite), "data.hu_range"),
     ("in ascending order", lambda v: all(a < b for a, b in pairwise(v)), "data.hu_range train.*.milestones"),

@@ -75,21 +75,34 @@ def heatmap_loss(heatmaps: Tensor, crop: Crop, spacing: Sequence[float], sigma_m
     return (error * known).sum() / (gaussian_voxels * known.sum().clamp_min(1))
 
 
-def sos_loss(
-    network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig
-) -> Tensor | None:
-    """Mean binary focal plus dice loss of the small organs whose centre lies in their crop; None if there is none."""
+def in_crop(crop: Crop) -> Tensor:
+    """(N, small organs) bool: whether the organ's centre lies in the crop."""
     shape = crop.centers.new_tensor(crop.labels.shape[1:])
-    inside = ((crop.centers >= 0) & (crop.centers <= shape - 1)).all(dim=-1)
-    samples, organs = inside.nonzero(as_tuple=True)
-    if len(samples) == 0:
+    return ((crop.centers >= 0) & (crop.centers <= shape - 1)).all(dim=-1)
+
+
+def sos_loss(
+    network: FocusNet,
+    crop: Crop,
+    snet: SNetOutput,
+    heatmaps: Tensor,
+    plan: Plan,
+    config: LossConfig,
+    also: Sequence[int] = (),
+) -> Tensor | None:
+    """Mean binary focal plus dice loss of the small organs whose centre lies in their crop; None if there is none.
+
+    Without one, but with `also` of `FocusNet.segment_rois`, it is 0.
+    """
+    samples, organs = in_crop(crop).nonzero(as_tuple=True)
+    if len(samples) == 0 and not also:
         return None
     owners = organs.tolist()
-    sizes = [network.roi_sizes[organ] for organ in owners]
+    sizes = torch.tensor(network.roi_sizes, device=organs.device)[organs]
     peaks = heatmap_argmax_3d(heatmaps.detach()).index[samples, organs]
-    found = _roi_centers(peaks, crop.centers[samples, organs].round().long(), torch.tensor(sizes, device=peaks.device))
+    found = _roi_centers(peaks, crop.centers[samples, organs].round().long(), sizes)
     centers = torch.cat([samples[:, None], found], dim=1)
-    return rois_loss(network, crop, snet, heatmaps, owners, centers, plan, config)
+    return rois_loss(network, crop, snet, heatmaps, owners, centers, plan, config, also)
 
 
 def rois_loss(
@@ -101,10 +114,14 @@ def rois_loss(
     centers: Tensor,
     plan: Plan,
     config: LossConfig,
+    also: Sequence[int] = (),
 ) -> Tensor:
-    """Mean binary focal plus dice loss of ROI k around `centers[k]` = (sample, z, y, x), of small organ `owners[k]`."""
+    """Mean binary focal plus dice loss of ROI k around `centers[k]` = (sample, z, y, x), of small organ `owners[k]`.
+
+    Branches in `also` take part in forward and backward even without an ROI: see `FocusNet.segment_rois`.
+    """
     sizes = [network.roi_sizes[organ] for organ in owners]
-    logits = network.segment_rois(owners, crop.image, snet, heatmaps, centers)
+    logits = network.segment_rois(owners, crop.image, snet, heatmaps, centers, also)
     labels = roi_gather_each_3d([crop.labels.unsqueeze(1).float()], centers, sizes)
     values = [plan.organ_names.index(plan.small_organs[organ]) + 1 for organ in owners]
     losses = [
@@ -116,9 +133,12 @@ def rois_loss(
             dice_weight=config.dice_weight,
             smooth=config.smooth,
         )
-        for roi, label, value in zip(logits, labels, values, strict=True)
+        for roi, label, value in zip(logits, labels, values)
     ]
-    return torch.stack(losses).mean()
+    loss = torch.stack(losses).mean() if losses else heatmaps.new_zeros((), dtype=torch.float32)
+    for empty in logits[len(owners) :]:
+        loss = loss + empty.sum()
+    return loss
 
 
 def _roi_centers(peaks: Tensor, truth: Tensor, sizes: Tensor) -> Tensor:

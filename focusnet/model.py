@@ -142,11 +142,11 @@ class FocusNet(nn.Module):
         self.sos_input = config.sos_input
         self.roi_sizes = [(d, h, w) for d, h, w in roi_sizes]
         self.snet: MainNetwork = MAIN_NETWORKS[config.network](config, organs + 1)
-        channels = 1
+        self.roi_channels = 1
         if config.sos_input == "features":
-            channels += self.snet.feature_channels + self.snet.stem_channels + 1
+            self.roi_channels += self.snet.feature_channels + self.snet.stem_channels + 1
         self.sol = SOLNet(config, self.snet.feature_channels, len(self.roi_sizes)) if self.roi_sizes else None
-        self.sos = nn.ModuleList(SOSBranch(config, channels) for _ in self.roi_sizes)
+        self.sos = nn.ModuleList(SOSBranch(config, self.roi_channels) for _ in self.roi_sizes)
 
     def forward(self, image: Tensor) -> FocusNetOutput:
         """Run all three parts on `image` (N, 1, D, H, W); gradients flow through the pooled features."""
@@ -168,9 +168,19 @@ class FocusNet(nn.Module):
         return self.sol(snet.features)
 
     def segment_rois(
-        self, organs: Sequence[int], image: Tensor, snet: SNetOutput, heatmaps: Tensor, centers: Tensor
+        self,
+        organs: Sequence[int],
+        image: Tensor,
+        snet: SNetOutput,
+        heatmaps: Tensor,
+        centers: Tensor,
+        also: Sequence[int] = (),
     ) -> list[Tensor]:
-        """Logits (1, d, h, w) of ROI k around `centers[k]` = (sample, z, y, x), of small organ number `organs[k]`."""
+        """Logits (1, d, h, w) of ROI k around `centers[k]` = (sample, z, y, x), of small organ number `organs[k]`.
+
+        Branches of organs in `also` run even without an ROI, since batch norms over several processes wait for all of
+        them; their logits (0, 1, d, h, w) come last.
+        """
         sources: list[Tensor] = [image]
         channels: list[Sequence[int] | None] = [None]
         if self.sos_input == "features":
@@ -178,9 +188,14 @@ class FocusNet(nn.Module):
             channels = [None, None, None, organs]
         rois = roi_gather_each_3d(sources, centers, [self.roi_sizes[organ] for organ in organs], channels=channels)
         logits: dict[int, Tensor] = {}
-        for organ in set(organs):
+        empty: list[Tensor] = []
+        for organ in sorted({*organs, *also}):
             members = [k for k, owner in enumerate(organs) if owner == organ]
+            if not members:
+                nothing = snet.features.new_empty(0, self.roi_channels, *self.roi_sizes[organ])
+                empty.append(self.sos[organ](nothing))
+                continue
             # the image may have made them float32
             found = self.sos[organ](torch.cat([rois[k] for k in members]).to(snet.features.dtype))
             logits.update(zip(members, found, strict=True))
-        return [logits[k] for k in range(len(organs))]
+        return [logits[k] for k in range(len(organs))] + empty

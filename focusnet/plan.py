@@ -40,7 +40,7 @@ from .errors import FocusNetError
 from .inference import Windows, padded_size, window_starts
 from .losses import rois_loss
 from .model import FocusNet, SNetOutput
-from .train import STAGES, make_optimizer, set_trained, stage_loss
+from .stages import STAGES, make_optimizer, set_trained, stage_loss
 
 PREDICT = "predict"
 #: The paper's nine organs, three of them small, in ROIs of the size that the authors later used for all of them.
@@ -245,7 +245,7 @@ def _crop(plan: Plan, batch: int, shape: Triple) -> Crop:
 
 
 def _loss_of_every_organ(
-    network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig
+    network: FocusNet, crop: Crop, snet: SNetOutput, heatmaps: Tensor, plan: Plan, config: LossConfig, *_: object
 ) -> Tensor:
     """`sos_loss` where every centre lies in its crop; which ones do cannot be told without data."""
     owners = [organ for _ in crop.image for organ in range(len(network.roi_sizes))]

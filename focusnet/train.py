@@ -1,49 +1,57 @@
-"""`python -m focusnet.train SOURCE --out RUN`: the paper's stages in one command.
-
-S-Net; then SOL-Net with S-Net fixed, its norm statistics too; then SOS-Net with both fixed; then all parts end to end.
-"""
+"""`python -m focusnet.train SOURCE --out RUN`: the paper's stages in one command, by one process or several."""
 
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from focuskernels.nn import convert_sync_norm
 
 from .checkpoint import Model, build_network, load_checkpoint, save_checkpoint
-from .cli import add_config, command_parser, config_of, console, parse, pick_device, run
-from .config import Config, StageConfig, TrainConfig, settings_of
+from .cli import add_config, command_parser, config_of, console, parse, run
+from .config import Config, StageConfig, settings_of
 from .data.cache import DEFAULT_CACHE, cache_folder
 from .data.crops import Crop, CropDataset
 from .data.plan import CaseRecord, Plan
+from .distributed import ALONE, Ranks, is_lost, joined
 from .errors import FocusNetError
 from .evaluate import print_table
 from .files import atomic_write, check_writable, clear_unfinished
-from .losses import focal_alpha, heatmap_loss, segmentation_loss, sos_loss
+from .loading import crop_batches
+from .losses import focal_alpha
 from .model import FocusNet
+from .plan import fitting_crop
 from .prepare import prepare
+from .stages import (
+    AVAILABLE,
+    STAGES,
+    WHOLE,
+    Shares,
+    check_stages,
+    learning_rate,
+    make_optimizer,
+    set_epochs,
+    set_trained,
+    stage_loss,
+    stages,
+)
+from .tensorboard import Board, check_tensorboard_extra
 from .validation import Validation, validate
 
-STAGES = ("snet", "sol", "sos", "joint")
-TRAINED = {"snet": ("snet",), "sol": ("sol",), "sos": ("sos",), "joint": ("snet", "sol", "sos")}
-AVAILABLE = {
-    "snet": ("snet",),
-    "sol": ("snet", "sol"),
-    "sos": ("snet", "sol", "sos"),
-    "joint": ("snet", "sol", "sos"),
-}
 RESUMABLE = ("train.workers", "model.backend", *(f"train.{stage}.lr" for stage in STAGES))
 
 
@@ -74,7 +82,7 @@ class Trainer:
     """Trains one model in the folder `out`: `last.pt` after every epoch, `best.pt`, `history.json`.
 
     `best.pt` is the best validation among the stages with all parts that are trained by now: "joint" competes with
-    "sos". Every stage goes on from the last weights of the one before.
+    "sos". Every stage goes on from the last weights of the one before; with `train.ema`, from their average.
 
     Args:
         model: What to train.
@@ -82,20 +90,40 @@ class Trainer:
         out: Folder of the run.
         device: Where to compute.
         console: Where to report.
+        ranks: This process among those that share every batch; rank 0 alone writes.
+
+    Raises:
+        FocusNetError: the processes cannot share batches.
     """
 
-    def __init__(self, model: Model, cache: Path, out: Path, device: torch.device, console: Console) -> None:
+    def __init__(
+        self, model: Model, cache: Path, out: Path, device: torch.device, console: Console, ranks: Ranks = ALONE
+    ) -> None:
         self.model, self.cache, self.out, self.device, self.console = model, cache, out, device, console
         self.config = model.config.train
+        self.ranks = ranks
+        if ranks.world > 1:
+            _check_shared(model.config, ranks)
+            convert_sync_norm(model.network)
         self.training_cases, self.validation_cases = split_cases(model.plan, model.config)
         self.alpha = focal_alpha(model.plan, model.config.loss).to(device)
         self.state = State()
         self.optimizer: torch.optim.Optimizer | None = None
+        self.average: AveragedModel | None = None
+        self.board: Board | None = None
+        self.longest_epoch = 0.0
 
     @property
     def steps(self) -> int:
         """Steps per epoch."""
         return self.config.steps_per_epoch or math.ceil(len(self.training_cases) / self.config.batch_size)
+
+    @property
+    def result(self) -> Model:
+        """The model to validate and to predict with: with the average of the weights if there is one."""
+        if self.average is None:
+            return self.model
+        return replace(self.model, network=cast(FocusNet, self.average.module))
 
     def resume(self, training: dict[str, Any]) -> None:
         """Go on from the state that a checkpoint holds."""
@@ -105,6 +133,10 @@ class Trainer:
             self._start_stage(self.state.stage)
             assert self.optimizer is not None
             self.optimizer.load_state_dict(training["optimizer"])
+            if self.average is not None:
+                # the checkpoint's own weights are the average
+                self.average.n_averaged.fill_(training["averaged"])
+                self.model.network.load_state_dict(training["weights"])
 
     def announce(self) -> None:
         """Say what will be trained on which cases, and warn of organs that cannot be learnt, or only in part."""
@@ -124,13 +156,22 @@ class Trainer:
                 )
         names = ", ".join(case.name for case in self.validation_cases)
         parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
+        processes = f"{self.ranks.world} processes, " if self.ranks.world > 1 else ""
         self._say(
-            f"{len(self.training_cases)} training cases, validation on {names}; {len(plan.organs)} organs, "
+            f"{processes}{len(self.training_cases)} training cases, validation on {names}; {len(plan.organs)} organs, "
             f"{len(plan.small_organs)} of them small; {parameters:,} parameters; prepared data in {self.cache}"
         )
 
-    def run(self) -> None:
-        """Train what is left of all stages."""
+    def run(self, end: float = math.inf) -> bool:
+        """Train what is left of all stages.
+
+        Args:
+            end: No epoch is begun that may end after this time (`time.monotonic`), if it takes as long as the longest
+                one so far.
+
+        Returns:
+            Whether nothing is left.
+        """
         for stage in stages(self.model):
             settings: StageConfig = getattr(self.config, stage)
             if STAGES.index(stage) < STAGES.index(self.state.stage):
@@ -141,13 +182,31 @@ class Trainer:
                 self.state.stage, self.state.epoch = stage, 0
                 self._start_stage(stage)
             while self.state.epoch < settings.epochs:
+                if self._has_to_end(end):
+                    return False
+                begun = time.monotonic()
                 self._epoch(stage, settings)
+                self.longest_epoch = max(self.longest_epoch, time.monotonic() - begun)
+        return True
+
+    def _has_to_end(self, end: float) -> bool:
+        return self.ranks.first(lambda: time.monotonic() + self.longest_epoch > end)
 
     def _start_stage(self, stage: str) -> None:
-        """Set what is trained, and its optimizer."""
-        settings: StageConfig = getattr(self.config, stage)
-        self.optimizer = make_optimizer(set_trained(self.model.network, stage), settings)
+        """Set what is trained, its optimizer and average."""
+        network, settings = self.model.network, getattr(self.config, stage)
+        if self.average is not None:
+            network.load_state_dict(self.average.module.state_dict())
+        parameters = set_trained(network, stage)
+        self.optimizer = make_optimizer(parameters, settings)
         self.model.parts = AVAILABLE[stage]
+        if self.config.ema:
+            self.average = AveragedModel(network, multi_avg_fn=_ema(self.config.ema), use_buffers=True)
+
+        def loss_of(crop: Crop, shares: Shares) -> Tensor | None:
+            return stage_loss(self.model, stage, crop, self.alpha, shares=shares)
+
+        self.loss_of = self.ranks.replicate(parameters, loss_of)
 
     def _epoch(self, stage: str, settings: StageConfig) -> None:
         started, epoch = time.monotonic(), self.state.epoch
@@ -168,8 +227,10 @@ class Trainer:
         }
         self.state.seconds += seconds
         self.state.history.append(entry)
-        self._report(stage, settings, entry, result)
-        self._save(result)
+        best = self._is_best(result)
+        if self.ranks.rank == 0:
+            self._report(stage, settings, entry, result)
+            self._save(best)
 
     def _train_epoch(self, stage: str, epoch: int, settings: StageConfig) -> float | None:
         """The mean loss; None if no crop had one."""
@@ -177,21 +238,24 @@ class Trainer:
         losses: list[float] = []
         with _progress(self.console) as progress:
             task = progress.add_task(f"{stage} {epoch + 1}/{settings.epochs}", total=self.steps, loss="")
-            with self._explained_workers():
-                for crop in self._batches(stage, epoch):
-                    loss = self._step(stage, epoch, crop)
-                    losses += [] if loss is None else [loss]
-                    progress.update(task, advance=1, loss=f"loss {losses[-1]:.4f}" if losses else "")
+            for crop in self._batches(stage, epoch):
+                loss = self._step(stage, epoch, crop)
+                losses += [] if loss is None else [loss]
+                progress.update(task, advance=1, loss=f"loss {losses[-1]:.4f}" if losses else "")
         return statistics.fmean(losses) if losses else None
 
     def _step(self, stage: str, epoch: int, crop: Crop) -> float | None:
         """One step of the optimizer; returns the loss, or None if the batch has none."""
         assert self.optimizer is not None
+        shares = WHOLE if self.ranks.world == 1 or stage == "snet" else Shares.of(crop, self.ranks)
+        if stage == "sos" and shares is not WHOLE and not shares.organs:
+            return None
+        crop = Crop(*(tensor.to(self.device, non_blocking=True) for tensor in crop))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            loss = stage_loss(self.model, stage, crop, self.alpha)
+            loss = self.loss_of(crop, shares)
         if loss is None:
             return None
-        value = loss.item()
+        value = self.ranks.mean(loss)
         if not math.isfinite(value):
             raise FocusNetError(
                 f"the loss became {value} in stage {stage}, epoch {epoch + 1}: lower train.{stage}.lr and "
@@ -200,50 +264,37 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model.network)
         return value
 
     def _again(self) -> str:
         saved = (self.out / "last.pt").exists()
         return "go on from the epoch before with --resume" if saved else "start again"
 
-    @contextmanager
-    def _explained_workers(self) -> Iterator[None]:
-        """One line for a worker that failed or died, in place of torch's traceback."""
-        try:
-            yield
-        except FocusNetError as error:
-            raise FocusNetError(str(error).rstrip().rpartition(f"{FocusNetError.__name__}: ")[2]) from error
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise FocusNetError(
-                f"a process that loads training crops died, maybe for lack of memory ({str(error).strip()}): lower "
-                f"train.workers and {self._again()}"
-            ) from error
-
     def _batches(self, stage: str, epoch: int) -> Iterator[Crop]:
-        """The crops of one epoch, on the device."""
+        """This process's crops of one epoch."""
         focus = self.model.plan.organ_names if stage == "snet" else self.model.plan.small_organs
         size, length = self.config.batch_size, self.steps * self.config.batch_size
         # every epoch of every stage has crops of its own
         first = (STAGES.index(stage) * 1_000_000 + epoch) * length
         dataset = CropDataset(self.model.plan, self.cache, self.training_cases, self.model.config, length, focus)
-        loader = DataLoader(
+        starts = range(first, first + length, size)
+        return crop_batches(
             dataset,
-            size,
-            sampler=range(first, first + length),
-            num_workers=self.config.workers,
+            [list(range(start + self.ranks.rank, start + size, self.ranks.world)) for start in starts],
+            workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
+            again=self._again,
         )
-        for crop in loader:
-            yield Crop(*(tensor.to(self.device, non_blocking=True) for tensor in crop))
 
     def _validates(self, settings: StageConfig) -> bool:
         return self.state.epoch % self.config.validate_every == 0 or self.state.epoch == settings.epochs
 
     def _validate(self) -> Validation:
-        self.model.network.eval()
-        return validate(self.model, self.cache, self.validation_cases, self.device)
+        model, look = self.result, self.board.look if self.board is not None else None
+        model.network.eval()
+        return validate(model, self.cache, self.validation_cases, self.device, self.ranks, look)
 
     def _report(self, stage: str, settings: StageConfig, entry: dict[str, Any], result: Validation | None) -> None:
         loss = "no small organ in any crop" if entry["loss"] is None else f"loss {entry['loss']:.4f}"
@@ -255,48 +306,33 @@ class Trainer:
         self._say(f"{stage} {entry['epoch']}/{settings.epochs}  {loss}  lr {entry['lr']:.2g}  {took}{ends}{score}")
         if result is not None:
             print_table(result.table(), self.console)
+        if self.board is not None:
+            self.board.write(len(self.state.history), entry)
 
     def _say(self, line: str) -> None:
         _say(self.console, line)
 
-    def _save(self, result: Validation | None) -> None:
-        best = result is not None and result.score >= self.state.best
-        if best and result is not None:
-            self.state.best = result.score
-            self.state.best_stage, self.state.best_epoch = self.state.stage, self.state.epoch
-        training = {
-            "state": vars(self.state),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
-        }
+    def _is_best(self, result: Validation | None) -> bool:
+        """Whether no validation was better; notes which one is."""
+        if result is None or result.score < self.state.best:
+            return False
+        self.state.best = result.score
+        self.state.best_stage, self.state.best_epoch = self.state.stage, self.state.epoch
+        return True
+
+    def _save(self, best: bool) -> None:
+        training: dict[str, Any] = {"state": vars(self.state), "optimizer": None}
         if best:
-            save_checkpoint(self.out / "best.pt", self.model, {"state": vars(self.state), "optimizer": None})
+            save_checkpoint(self.out / "best.pt", self.result, training)
         # last.pt comes last: until it is there, resuming does the epoch and all these files again
         with atomic_write(self.out / "history.json") as temporary:
             temporary.write_text(json.dumps(self.state.history, indent=1, allow_nan=False))
-        save_checkpoint(self.out / "last.pt", self.model, training)
-
-
-def stages(model: Model) -> list[str]:
-    """The stages that a model goes through: those that have epochs; the small organs' only if there are any."""
-    wanted = [stage for stage in STAGES if getattr(model.config.train, stage).epochs]
-    return wanted if model.plan.small_organs else wanted[:1]
-
-
-def check_stages(config: TrainConfig) -> None:
-    """Refuse stages that would train on parts that no stage before has trained.
-
-    Raises:
-        FocusNetError: a stage has epochs and the one before has none, or none has any.
-    """
-    epochs = {stage: getattr(config, stage).epochs for stage in STAGES}
-    if not any(epochs.values()):
-        raise FocusNetError("there is nothing to train: train.snet.epochs and those of the other stages are 0")
-    for before, stage in pairwise(STAGES):
-        if epochs[stage] and not epochs[before]:
-            raise FocusNetError(
-                f"train.{stage}.epochs is {epochs[stage]}, but train.{before}.epochs is 0: stage {stage} needs what "
-                f"stage {before} trains; give {before} epochs too, or only the last stages none"
-            )
+        if self.optimizer is not None:
+            training["optimizer"] = self.optimizer.state_dict()
+        if self.average is not None:
+            training["averaged"] = int(self.average.n_averaged)
+            training["weights"] = self.model.network.state_dict()
+        save_checkpoint(self.out / "last.pt", self.result, training)
 
 
 def changed_settings(config: Config, stored: Config) -> list[str]:
@@ -321,20 +357,33 @@ def split_cases(plan: Plan, config: Config) -> tuple[list[CaseRecord], list[Case
     return training, [case for case in cases if case.name in named]
 
 
+def _check_shared(config: Config, ranks: Ranks) -> None:
+    """Refuse what several processes cannot share."""
+    if config.train.batch_size % ranks.world:
+        raise FocusNetError(
+            f"train.batch_size is {config.train.batch_size}, expected a multiple of {ranks.world}: it counts the crops "
+            "of a step, and every process takes as many of them"
+        )
+    if config.model.backend == "reference" and config.model.norm == "batch":
+        raise FocusNetError(
+            "model.backend is reference, which takes the statistics of model.norm batch from one process alone: "
+            "expected fused, or one process"
+        )
+
+
+def _ema(decay: float) -> Callable[..., None]:
+    """The running average, which soon leaves the weights with which a stage begins."""
+
+    def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        step = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, weights, count)
+
+    return update
+
+
 def _unlearnt(plan: Plan, training: list[CaseRecord]) -> list[str]:
     contoured = {organ for case in training for organ in case.organs}
     return [name for name in plan.organ_names if name not in contoured]
-
-
-def learning_rate(settings: StageConfig, epoch: int) -> float:
-    """The learning rate of an epoch (counted from 0): warm-up, then steps or half a cosine."""
-    if epoch < settings.warmup:
-        return settings.lr * math.exp(-5 * (1 - (epoch + 1) / (settings.warmup + 1)) ** 2)
-    if settings.schedule == "cosine":
-        done = (epoch - settings.warmup) / max(1, settings.epochs - settings.warmup)
-        return settings.lr * (1 + math.cos(math.pi * done)) / 2
-    passed = sum(epoch >= milestone * settings.epochs for milestone in settings.milestones)
-    return settings.lr * settings.decay**passed
 
 
 def seconds_left(state: State, epochs: dict[str, int]) -> float:
@@ -347,50 +396,6 @@ def seconds_left(state: State, epochs: dict[str, int]) -> float:
     spent = [entry["seconds"] for entry in state.history if entry["stage"] == state.stage]
     ahead = sum(count for stage, count in epochs.items() if STAGES.index(stage) >= STAGES.index(state.stage))
     return (ahead - state.epoch) * statistics.fmean(spent)
-
-
-def stage_loss(
-    model: Model,
-    stage: str,
-    crop: Crop,
-    alpha: Tensor,
-    loss_of_small: Callable[..., Tensor | None] = sos_loss,
-) -> Tensor | None:
-    """The loss of a stage on a batch of crops; None if the batch has none. `loss_of_small` is called as `sos_loss`."""
-    network, plan, config = model.network, model.plan, model.config.loss
-    with torch.set_grad_enabled("snet" in TRAINED[stage]):
-        snet = network.snet(crop.image)
-    if stage == "snet":
-        return segmentation_loss(snet.logits, crop, alpha, config)
-    with torch.set_grad_enabled("sol" in TRAINED[stage]):
-        heatmaps = network.locate(snet)
-    if stage == "sos":
-        return loss_of_small(network, crop, snet, heatmaps, plan, config)
-    located = heatmap_loss(heatmaps, crop, plan.spacing, config.heatmap_sigma_mm)
-    if stage == "sol":
-        return located
-    loss = segmentation_loss(snet.logits, crop, alpha, config) + config.heatmap_weight * located
-    small = loss_of_small(network, crop, snet, heatmaps, plan, config)
-    return loss if small is None else loss + config.sos_weight * small
-
-
-def set_trained(network: FocusNet, stage: str) -> list[nn.Parameter]:
-    """Let a stage's parts alone have gradients and move their norm statistics; returns their parameters."""
-    network.eval()
-    parameters: list[nn.Parameter] = []
-    for name in ("snet", "sol", "sos"):
-        part = getattr(network, name)
-        if part is not None:
-            part.requires_grad_(name in TRAINED[stage]).train(name in TRAINED[stage])
-            parameters += [p for p in part.parameters() if p.requires_grad]
-    return parameters
-
-
-def make_optimizer(parameters: list[nn.Parameter], settings: StageConfig) -> torch.optim.Optimizer:
-    """The optimizer of a stage."""
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
-    return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
 
 
 def _progress(console: Console) -> Progress:
@@ -427,7 +432,10 @@ def start_training(
     resume: bool = False,
     skip_bad: bool = False,
     memory: str | None = None,
+    tensorboard: bool = False,
+    end: float = math.inf,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Prepare `source`, then train in `out`; what the command does.
 
@@ -439,10 +447,16 @@ def start_training(
         resume: Go on from `out`/last.pt.
         skip_bad: Leave out unusable cases instead of failing.
         memory: Of the device: a new run takes the largest `train.crop` that fits; see `fitting_crop`.
+        tensorboard: Write curves and pictures for TensorBoard too.
+        end: Begin no epoch that may end after this time: see `Trainer.run`.
         device: Where to compute.
+        ranks: This process among those that train together; they share the folders.
     """
     check_stages(config.train)
+    if tensorboard:
+        check_tensorboard_extra()
     reporter, last = console(), out / "last.pt"
+    reporter.quiet = ranks.rank > 0
 
     def tell(line: str) -> None:
         _say(reporter, f"left out {line}")
@@ -454,13 +468,15 @@ def start_training(
         clear_unfinished(out)
         _say(reporter, f"{out} is complete: nothing is left to train")
         return
-    check_writable(out)
     folder = cache_folder(cache, source, config.data)
-    plan = prepare(source, folder, config.data, skip_bad=skip_bad, tell=tell)
-    if stored is None and memory is not None:
-        from .plan import fitting_crop  # which imports this file
 
-        crop = fitting_crop(config, plan, memory, device)
+    def prepared() -> Plan:
+        check_writable(out)
+        return prepare(source, folder, config.data, skip_bad=skip_bad, tell=tell)
+
+    plan = ranks.first(prepared)
+    if stored is None and memory is not None:
+        crop = ranks.first(lambda: fitting_crop(config, plan, memory, device, ranks.world))
         config = replace(config, train=replace(config.train, crop=crop))
         _say(reporter, f"train.crop is {crop}, the largest that fits")
     if stored is None:
@@ -472,23 +488,41 @@ def start_training(
             raise FocusNetError(
                 f"{source} holds other cases or contours than those of {last}; train anew with another --out"
             )
-    trainer = Trainer(model, folder, out, device, reporter)
+    trainer = Trainer(model, folder, out, device, reporter, ranks)
     if stored is not None:
         trainer.resume(training)
+    if tensorboard and ranks.rank == 0:
+        trainer.board = Board(out, plan, len(trainer.state.history))
     trainer.announce()
+    _train(trainer, end)
+
+
+def _train(trainer: Trainer, end: float) -> None:
+    """Train, and say how it ended and how to go on."""
+    last, state = trainer.out / "last.pt", trainer.state
+
+    def saved() -> str:
+        held = f"{last} holds the last finished epoch; go on with --resume"
+        return held if last.exists() else "no epoch was finished"
+
     try:
-        trainer.run()
+        complete = trainer.run(end)
     except KeyboardInterrupt:
-        saved = (
-            f"{last} holds the last finished epoch; go on with --resume" if last.exists() else "no epoch was finished"
-        )
-        _say(reporter, f"stopped: {saved}")
+        trainer._say(f"stopped: {saved()}")
         raise
-    state = trainer.state
-    _say(
-        reporter,
-        f"done: {out / 'best.pt'} is epoch {state.best_epoch} of stage {state.best_stage}, "
-        f"validation DSC {state.best:.3f}; training took {_duration(state.seconds)}",
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise FocusNetError(f"another process of this training ended: {saved()}") from error
+    finally:
+        if trainer.board is not None:
+            trainer.board.close()
+    if not complete:
+        trainer._say(f"stopped for --time-limit: {saved()}")
+        return
+    trainer._say(
+        f"done: {trainer.out / 'best.pt'} is epoch {state.best_epoch} of stage {state.best_stage}, "
+        f"validation DSC {state.best:.3f}; training took {_duration(state.seconds)}"
     )
 
 
@@ -509,13 +543,36 @@ def _is_complete(model: Model, training: dict[str, Any]) -> bool:
     return state.stage == last and state.epoch >= getattr(model.config.train, last).epochs
 
 
+def _seconds(text: str | None) -> float:
+    """What `--time-limit` means; without one, for ever.
+
+    Raises:
+        FocusNetError: it is neither minutes nor hours and minutes.
+    """
+    if text is None:
+        return math.inf
+    found = re.fullmatch(r"(\d+):([0-5]\d)|(\d+(?:\.\d*)?)", text, re.ASCII)
+    if found is None:
+        raise FocusNetError(f"--time-limit {text}: expected minutes, or hours and minutes as 7:30")
+    hours, minutes, alone = found.groups()
+    return 60 * (float(alone) if alone else 60 * int(hours) + int(minutes))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command."""
+    with joined() as ranks:
+        _main(argv, ranks)
+    return 0
+
+
+def _main(argv: list[str] | None, ranks: Ranks) -> None:
+    started = time.monotonic()
     parser = command_parser(
         "train",
         "DATA --out RUN",
-        "Train S-Net, SOL-Net, SOS-Net, then all of them end to end.",
-        ["DATA --out RUN --config demo", "DATA --out RUN --resume"],
+        "Train S-Net, SOL-Net, SOS-Net, then all of them end to end. Several GPUs share every batch with "
+        "`torchrun --nproc-per-node N -m focusnet.train`.",
+        ["DATA --out RUN --config demo", "DATA --out RUN --resume --time-limit 7:30"],
     )
     parser.add_argument("source", type=Path, metavar="DATA", help="folder of cases with CTs and organs (docs/data.md)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: last.pt, best.pt, history.json")
@@ -529,6 +586,16 @@ def main(argv: list[str] | None = None) -> int:
         metavar="GB|auto",
         help="of the device: take the largest train.crop, up to a whole CT, that fits; a resumed run keeps its own",
     )
+    parser.add_argument(
+        "--epochs", type=PositiveInt, help="epochs of every stage that has any, in place of train.*.epochs"
+    )
+    parser.add_argument(
+        "--time_limit",
+        type=str,
+        metavar="MIN|HH:MM",
+        help="stop before an epoch that would end later than this, to go on with --resume",
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard: curves, and outlines on CTs")
     add_config(parser)
     arguments: Namespace = parse(parser, argv)
     if arguments.resume:
@@ -538,17 +605,22 @@ def main(argv: list[str] | None = None) -> int:
         stored, _ = load_checkpoint(arguments.out / "last.pt", torch.device("cpu"))
         parser.set_defaults(stored.config.to_dict())
         arguments = parse(parser, argv)
+    config = config_of(arguments)
+    if arguments.epochs is not None:
+        set_epochs(config.train, arguments.epochs)
     start_training(
         arguments.source,
         arguments.out,
-        config_of(arguments),
+        config,
         cache=arguments.cache,
         resume=arguments.resume,
         skip_bad=arguments.skip_bad,
         memory=arguments.memory,
-        device=pick_device(arguments.device),
+        tensorboard=arguments.tensorboard,
+        end=started + _seconds(arguments.time_limit),
+        device=ranks.device(arguments.device),
+        ranks=ranks,
     )
-    return 0
 
 
 if __name__ == "__main__":

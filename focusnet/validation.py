@@ -1,6 +1,7 @@
 """Validation during training: the evaluation's scores on the prepared grid, and how well small organs were located."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from .checkpoint import Model
 from .data.crops import label_values, load_case
 from .data.plan import CaseRecord
+from .distributed import ALONE, Ranks
 from .evaluate import OrganScore, Stat, TableRow, evaluate_pair, format_table, summarize
 from .inference import Segmentation, segment_hu
 
@@ -46,14 +48,34 @@ class Validation:
         }
 
 
-def validate(model: Model, cache: Path, cases: list[CaseRecord], device: torch.device) -> Validation:
-    """Segment and score prepared cases; `model.network` must be in evaluation mode."""
-    scores: list[OrganScore] = []
-    for case in cases:
+def validate(
+    model: Model,
+    cache: Path,
+    cases: list[CaseRecord],
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    look: Callable[[CaseRecord, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+) -> Validation:
+    """Segment and score prepared cases.
+
+    Args:
+        model: With its network in evaluation mode.
+        cache: Folder of the prepared data set.
+        cases: What to segment; several processes share them, and all get all scores.
+        device: Where to compute.
+        ranks: This process among those.
+        look: Called with every case of this process, its HU, true and found labels, all (D, H, W).
+    """
+    scores: list[list[OrganScore]] = []
+    for case in cases[ranks.rank :: ranks.world]:
         hu, labels = load_case(cache, case)
-        result = segment_hu(model, hu, device)
-        scores += _score(model, case, label_values(case, model.plan)[labels], result)
-    rows = summarize(scores, model.plan.small_organs)
+        truth, result = label_values(case, model.plan)[labels], segment_hu(model, hu, device)
+        scores.append(_score(model, case, truth, result))
+        if look is not None:
+            look(case, hu, truth, result.labels.cpu().numpy())
+    shares = ranks.gather(scores)
+    ordered = [score for i in range(len(cases)) for score in shares[i % ranks.world][i // ranks.world]]
+    rows = summarize(ordered, model.plan.small_organs)
     score = Stat.of(row.dsc.mean for row in rows if row.group != "mean").mean
     return Validation(score or 0.0, rows)
 

@@ -228,7 +228,7 @@ def test_items_depend_on_seed_and_index_alone(prepared) -> None:
 def test_every_case_is_seen_once_per_round(prepared) -> None:
     data = dataset(prepared)
     count = len(data.cases)
-    seen = [data._case(*divmod(i, data.length)).name for i in range(3 * count)]
+    seen = [data.case(i).name for i in range(3 * count)]
     for start in range(0, 3 * count, count):
         assert len(set(seen[start : start + count])) == count
 

@@ -11,31 +11,27 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from rich.console import Console
 
 from focusnet import validation
 from focusnet.checkpoint import load_checkpoint
 from focusnet.config import AugmentConfig, StageConfig
 from focusnet.data.cache import cache_folder
+from focusnet.data.crops import load_case
 from focusnet.errors import FocusNetError
 from focusnet.evaluate import OrganScore, summarize
 from focusnet.files import check_writable
 from focusnet.inference import Segmentation
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
-from focusnet.train import (
-    STAGES,
-    State,
-    Trainer,
-    learning_rate,
-    main,
-    seconds_left,
-    split_cases,
-    start_training,
-)
+from focusnet.stages import STAGES, learning_rate, set_epochs
+from focusnet.tensorboard import Board
+from focusnet.train import State, Trainer, _ema, _seconds, main, seconds_left, split_cases, start_training
 from focusnet.validation import Validation, validate
-from tests.tiny import tiny_config, write_data
+from tests.tiny import ORGANS, tiny_config, write_data
 
 CPU = torch.device("cpu")
 
@@ -81,7 +77,7 @@ def test_all_stages_run_and_are_recorded(finished) -> None:
     assert load_checkpoint(finished / "best.pt", CPU)[0].parts == model.parts
 
 
-def stopped(data, out, config, epoch: int) -> None:
+def stopped(data, out, config, epoch: int, **options) -> None:
     """A run that Ctrl-C stops in its `epoch`-th epoch."""
     train_epoch, calls = Trainer._train_epoch, itertools.count(1)
 
@@ -93,7 +89,7 @@ def stopped(data, out, config, epoch: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_epoch", train_or_stop)
         with pytest.raises(KeyboardInterrupt):
-            start(data, out, config)
+            start(data, out, config, **options)
 
 
 # within a stage, and after its last epoch
@@ -114,6 +110,178 @@ def test_a_stopped_run_resumes_to_the_same_weights(data, finished, tmp_path, epo
     assert states[0] == states[1]
     best_expected, best_found = weights(finished / "best.pt"), weights(out / "best.pt")
     assert all(torch.equal(best_expected[name], best_found[name]) for name in best_expected)
+
+
+def raw(path):
+    """The weights that `path` holds beside their average."""
+    return load_checkpoint(path, CPU)[1]["weights"]
+
+
+def same(first, second) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_average_of_the_weights(data, tmp_path) -> None:
+    """Resumed, it is the same; best.pt and the next stage have it."""
+
+    def config(**epochs):
+        return tiny_config(**{s: StageConfig(epochs=epochs.get(s, 0), lr=1e-2) for s in STAGES}, ema=0.9)
+
+    start(data, tmp_path / "whole", config(snet=2, sol=1))
+    stopped(data, tmp_path / "run", config(snet=2, sol=1), epoch=2)
+    start(data, tmp_path / "run", config(snet=2, sol=1), resume=True)
+    (model, training), (other, resumed) = (
+        load_checkpoint(tmp_path / name / "last.pt", CPU) for name in ("whole", "run")
+    )
+    average, again = model.network.state_dict(), other.network.state_dict()
+    for name in average:
+        assert torch.equal(again[name], average[name]) and torch.equal(
+            resumed["weights"][name], training["weights"][name]
+        )
+    changing = [name for name in average if not torch.equal(average[name], training["weights"][name])]
+    assert {name.partition(".")[0] for name in changing} == {"sol"}  # S-Net handed its average over
+
+    start(data, tmp_path / "alone", config(snet=2))
+    alone, _ = load_checkpoint(tmp_path / "alone" / "last.pt", CPU)
+    assert not same(weights(tmp_path / "alone" / "last.pt"), raw(tmp_path / "alone" / "last.pt"))
+    assert all(torch.equal(tensor, average[f"snet.{name}"]) for name, tensor in alone.network.snet.state_dict().items())
+    best, training = load_checkpoint(tmp_path / "alone" / "best.pt", CPU)
+    assert same(best.network.state_dict(), alone.network.state_dict())
+    cache = cache_folder(data.parent / "cache", data, best.config.data)
+    best.network.eval()
+    held_out = split_cases(best.plan, best.config)[1]
+    assert validate(best, cache, held_out, CPU).score == training["state"]["best"]
+
+
+def test_an_average_soon_leaves_what_a_stage_begins_with() -> None:
+    for count, decay in ((1, 2 / 11), (1000, 0.9)):
+        average = torch.tensor([1.0])
+        _ema(0.9)([average], [torch.tensor([0.0])], torch.tensor(count))
+        assert average.item() == pytest.approx(decay)
+
+
+def test_a_time_limit_stops_between_epochs(data, finished, tmp_path, monkeypatch, capsys) -> None:
+    """Where the next one would take too long, if it takes as long as the longest did."""
+    out, hour, epochs = tmp_path / "run", 3600.0, itertools.count(1)
+    run_epoch = Trainer._epoch
+
+    def slow_third_epoch(self, *arguments):
+        run_epoch(self, *arguments)
+        self.longest_epoch = 2 * hour if next(epochs) == 3 else 0.0
+
+    monkeypatch.setattr(Trainer, "_epoch", slow_third_epoch)
+    start(data, out, tiny_config(), end=time.monotonic() + hour)
+    assert len(json.loads((out / "history.json").read_text())) == 3
+    said = f"stopped for --time-limit: {out / 'last.pt'} holds the last finished epoch; go on with --resume"
+    assert said in capsys.readouterr().out
+    start(data, out, tiny_config(), resume=True, end=time.monotonic() + hour)
+    expected, found = weights(finished / "last.pt"), weights(out / "last.pt")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_time_limit_that_is_over_ends_well(data, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    options = ["--cache", str(data.parent / "cache"), "--data.small_organs", "[Eye_L,Eye_R]", "--device", "cpu"]
+    assert main([str(data), "--out", str(out), *options, "--data.spacing", "[3,2,2]", "--time-limit", "0:00"]) == 0
+    assert "stopped for --time-limit: no epoch was finished" in capsys.readouterr().out
+    assert not (out / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 5400), ("0.5", 30), ("7:30", 27000), ("0:05", 300)])
+def test_time_limits(text, seconds) -> None:
+    assert _seconds(text) == seconds
+    assert _seconds(None) == math.inf
+
+
+@pytest.mark.parametrize("text", ["", "7:60", "7:3", "-1", "1h", "1:2:3", "nan", "²"])
+def test_what_is_no_time_limit(text) -> None:
+    with pytest.raises(FocusNetError, match="^--time-limit .*expected minutes, or hours and minutes as 7:30$"):
+        _seconds(text)
+
+
+def test_epochs_are_those_of_every_stage_that_has_any(data, begun, tmp_path) -> None:
+    config = tiny_config(joint=StageConfig(epochs=0))
+    set_epochs(config.train, 7)
+    assert [getattr(config.train, stage).epochs for stage in STAGES] == [7, 7, 7, 0]
+    with pytest.raises(FocusNetError, match=r"^train.snet.epochs: not as in the run"):
+        resume_by_command(data, begun[0], "--epochs", "3")
+    out = shutil.copytree(begun[0], tmp_path / "run")
+    assert resume_by_command(data, out, "--epochs", "2") == 0
+    with pytest.raises(FocusNetError, match='"epochs": .* 0 does not'):
+        resume_by_command(data, out, "--epochs", "0")
+
+
+def test_tensorboard_shows_curves_and_slices(data, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    config = tiny_config(**{stage: StageConfig(epochs=2 * (stage in ("snet", "sol"))) for stage in STAGES})
+    stopped(data, out, config, epoch=3, tensorboard=True)
+    # of an epoch that a kill kept out of last.pt
+    lost = Board(out, load_checkpoint(out / "last.pt", CPU)[0].plan, 2)
+    lost.write(3, {"stage": "sol", "loss": -1.0, "lr": 1.0, "seconds": 1.0})
+    lost.close()
+    start(data, out, config, resume=True, tensorboard=True)
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    history = json.loads((out / "history.json").read_text())
+
+    def curve(tag):
+        return {event.step: pytest.approx(event.value) for event in events.Scalars(tag)}
+
+    steps = dict(enumerate(history, start=1))
+    for stage in ("snet", "sol"):
+        assert {step: e["loss"] for step, e in steps.items() if e["stage"] == stage} == curve(f"loss/{stage}")
+    for name in ("lr", "seconds"):
+        assert {step: entry[name] for step, entry in steps.items()} == curve(name)
+    assert {2: history[1]["score"], 4: history[3]["score"]} == curve("validation/score")
+    assert {4: history[3]["localisation_mm"]} == curve("validation/localisation_mm")
+    for organ in ORGANS:
+        assert {step: steps[step]["dsc"][organ] for step in (2, 4)} == curve(f"dsc/{organ}")
+    model, _ = load_checkpoint(out / "last.pt", CPU)
+    (case,) = split_cases(model.plan, model.config)[1]
+    assert [event.step for event in events.Images(f"validation/{case.name}")] == [2, 4]
+    picture = imread(io.BytesIO(events.Images(f"validation/{case.name}")[0].encoded_image_string))
+    assert picture.shape[:2] == (300, 900) and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
+
+
+def test_tensorboard_that_is_not_installed(data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        FocusNetError, match=r'^--tensorboard needs tensorboard: pip install "focuskernels\[tensorboard\]"$'
+    ):
+        start(data, tmp_path / "run", tiny_config(), tensorboard=True)
+
+
+def test_a_killed_worker_is_reported_with_its_case(data, tmp_path, monkeypatch) -> None:
+    here = os.getpid()
+
+    def die(cache, case):
+        assert os.getpid() != here
+        if case.name == "case_2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load_case(cache, case)
+
+    monkeypatch.setattr("focusnet.data.crops.load_case", die)
+    config = tiny_config(workers=2, validation_cases=["case_3"], steps_per_epoch=8)
+    expected = (
+        r"^a process that loads training crops died at case case_2, maybe for lack of memory \(.*\): lower train\."
+    )
+    with pytest.raises(FocusNetError, match=expected):
+        start(data, tmp_path / "run", config)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_worker_is_shown_with_its_case(data, tmp_path, monkeypatch, workers) -> None:
+    def fail(cache, case):
+        if case.name == "case_2":
+            raise ZeroDivisionError("by nothing")
+        return load_case(cache, case)
+
+    monkeypatch.setattr("focusnet.data.crops.load_case", fail)
+    config = tiny_config(workers=workers, validation_cases=["case_3"], steps_per_epoch=8)
+    with pytest.raises(RuntimeError, match="a training crop of case case_2 failed: ZeroDivisionError: by nothing"):
+        start(data, tmp_path / "run", config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -292,7 +460,7 @@ def test_resume_takes_options_that_agree_or_may_change(data, begun, tmp_path, ca
 
 
 def test_a_loss_that_is_not_a_number_stops_training(data, begun, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_, **__: torch.tensor(math.nan, requires_grad=True))
     with pytest.raises(FocusNetError, match=r"became nan in stage snet, epoch 1: lower train.snet.lr and start again"):
         start(data, tmp_path / "new", tiny_config())
     assert not (tmp_path / "new" / "last.pt").exists()
@@ -303,7 +471,7 @@ def test_a_loss_that_is_not_a_number_stops_training(data, begun, tmp_path, monke
 
 
 def test_an_epoch_without_any_loss_is_null_in_the_history(data, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_: None)
+    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_, **__: None)
     start(data, tmp_path / "run", tiny_config(**{stage: StageConfig(epochs=int(stage == "snet")) for stage in STAGES}))
     text = (tmp_path / "run" / "history.json").read_text()
     assert json.loads(text)[0]["loss"] is None and "NaN" not in text
@@ -315,7 +483,7 @@ def test_a_terminal_shows_loss_and_time_left(data, tmp_path, monkeypatch) -> Non
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, color_system=None, width=120)
     monkeypatch.setattr("focusnet.train.console", lambda: terminal)
-    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_: torch.tensor(1.25, requires_grad=True))
+    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_, **__: torch.tensor(1.25, requires_grad=True))
     monkeypatch.setattr(Trainer, "_validates", lambda self, settings: False)
     bracketed = shutil.copytree(data / "case_0", tmp_path / "data" / "[b]ob:a:").parent
     shutil.copytree(data / "case_2", bracketed / "case_2")

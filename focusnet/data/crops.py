@@ -57,10 +57,9 @@ class CropDataset(Dataset[Crop]):
         return self.length
 
     def __getitem__(self, index: int) -> Crop:
-        epoch, position = divmod(index, self.length)
-        case = self._case(epoch, position)
+        case = self.case(index)
         try:
-            return self._crop(case, epoch, position)
+            return self._crop(case, *divmod(index, self.length))
         except FocusNetError:
             raise
         except Exception as error:
@@ -89,9 +88,10 @@ class CropDataset(Dataset[Crop]):
             centers=torch.from_numpy(np.array(small, dtype=np.float32).reshape(-1, 3)),
         )
 
-    def _case(self, epoch: int, position: int) -> CaseRecord:
+    def case(self, index: int) -> CaseRecord:
+        """The case from which item `index` is cut."""
         # an epoch longer than the list goes through several shuffled rounds of it
-        round_, place = divmod(epoch * self.length + position, len(self.cases))
+        round_, place = divmod(index, len(self.cases))
         order = np.random.default_rng([self.config.train.seed, 0, round_]).permutation(len(self.cases))
         return self.cases[order[place]]
 
