@@ -76,7 +76,7 @@ def vote(labels: list[np.ndarray], contoured: list[list[bool]]) -> np.ndarray:
         maps = [one for one, has in zip(labels, known, strict=True) if has]
         if not maps:
             continue
-        share = np.mean([one == value for one in maps], axis=0, dtype=np.float32)
+        share = np.stack([one == value for one in maps]).mean(axis=0, dtype=np.float32)
         won = (share >= ENOUGH_VOTES) & (share > best)
         result[won], best[won] = value, share[won]
     return result
