@@ -16,7 +16,12 @@ GPU_FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "pow
 
 def hardware(device: str) -> dict[str, Any]:
     """The processor, and the GPU where that is what is measured."""
-    facts: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "last_level_cache": last_level_cache()}
+    facts: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "last_level_cache": last_level_cache(),
+    }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .case import ops
+import torch
+
+from .case import Cost, ops
+from .ceilings import floor_ms
 from .results import MACHINE, BadResults, Row, best_peer, groups, load, our_row
 from .sources import ROOT, source_hash
-from .table import markdown, memory, milliseconds, rate
+from .table import caution, markdown, memory, milliseconds, rate
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 HEADER = ("case", "mode", "ours", "best peer", "speed-up", "of floor", "rate", "memory, ours", "memory, peer", "others")
@@ -38,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-Machines = dict[tuple[Any, ...], list[tuple[dict[str, Any], Row]]]
+Pairs = list[tuple[dict[str, Any], Row]]
+Machines = dict[tuple[Any, ...], Pairs]
 
 
 def collect(paths: Sequence[Path]) -> Machines:
@@ -57,7 +61,24 @@ def collect(paths: Sequence[Path]) -> Machines:
     machines: Machines = {}
     for key, pair in newest.items():
         machines.setdefault(key[: len(MACHINE)], []).append(pair)
-    return machines
+    return {machine: _under_one_ceiling(pairs) for machine, pairs in machines.items()}
+
+
+def _under_one_ceiling(pairs: Pairs) -> Pairs:
+    """Floors by the best ceilings of all runs: what a machine once did, it can do."""
+    ceilings = [run["ceilings"] for run, _ in pairs]
+    dtypes = {dtype for one in ceilings for dtype in one["matmul_tflop_s"]}
+    best = {
+        "copy_gb_s": max(one["copy_gb_s"] for one in ceilings),
+        "matmul_tflop_s": {d: max(one["matmul_tflop_s"].get(d, 0.0) for one in ceilings) for d in sorted(dtypes)},
+    }
+    return [
+        (
+            {**run, "ceilings": best},
+            {**row, "floor_ms": floor_ms(Cost(row["min_bytes"], row["flops"]), getattr(torch, row["dtype"]), best)},
+        )
+        for run, row in pairs
+    ]
 
 
 def is_stale(row: Row) -> bool:
@@ -72,8 +93,8 @@ def report(machines: Machines, plots: dict[tuple[Any, ...], list[str]]) -> str:
         return "No results yet."
     parts = []
     for machine, pairs in machines.items():
-        run = max((run for run, _ in pairs), key=lambda run: run["started"])
-        parts.append(f"## {_heading(run)}\n\n{_facts(run)}")
+        runs = sorted({run["started"]: run for run, _ in pairs}.values(), key=lambda run: run["started"])
+        parts.append(f"## {_heading(runs[-1])}\n\n{_facts(runs)}")
         parts += [f"![{name}](img/{name})" for name in plots.get(machine, [])]
         for op, rows in groups([row for _, row in pairs], lambda row: row["op"]).items():
             lines = [_line(group) for group in groups(rows).values()]
@@ -88,21 +109,26 @@ def _heading(run: dict[str, Any]) -> str:
     return f"{run['device_name']}, {run['threads']} threads, {run['heap']} heap"
 
 
-def _facts(run: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if value)
-    ceilings = run["ceilings"]
-    matmul = ", ".join(f"{name} {value:.3g}" for name, value in ceilings["matmul_tflop_s"].items())
-    commit = f"commit {run['commit'][:12]}{' with changes' if run['dirty'] else ''}" if run["commit"] else "no commit"
+def _facts(runs: Sequence[dict[str, Any]]) -> str:
+    last = runs[-1]
+    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if value)
+    matmul = ", ".join(f"{name} {value:.3g}" for name, value in last["ceilings"]["matmul_tflop_s"].items())
+    options = f" --threads {last['threads']} --heap {last['heap']}" if last["device"] == "cpu" else ""
+    when = "; ".join(f"{run['started'][:16].replace('T', ' ')} at {_commit(run)}" for run in runs)
     return (
-        f"Measured {run['started'][:10]} at {commit}. Ceilings: copy {ceilings['copy_gb_s']:.3g} GB/s, matrix product "
-        f"in TFLOP/s: {matmul}. {versions}."
+        f"`python -m bench --device {last['device']}{options}`, {when} (UTC). Ceilings: copy "
+        f"{last['ceilings']['copy_gb_s']:.3g} GB/s, matrix product in TFLOP/s: {matmul}. {versions}."
     )
+
+
+def _commit(run: dict[str, Any]) -> str:
+    return f"commit {run['commit'][:12]}{' with changes' if run['dirty'] else ''}" if run["commit"] else "no commit"
 
 
 def _line(rows: list[Row]) -> tuple[str, ...]:
     mine, peer, first = our_row(rows), best_peer(rows), rows[0]
     others = [
-        f"{row['provider']} {milliseconds(row['median_ms'])}, {memory(row)}"
+        f"{row['provider']} {_time(row)}, {memory(row)}"
         for row in sorted((r for r in rows if r["status"] == "ok"), key=lambda r: r["median_ms"])
         if row is not mine and row is not peer
     ]
@@ -110,8 +136,8 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
     return (
         first["case"] + stale,
         first["mode"],
-        f"{milliseconds(mine['median_ms'])} ({mine['backend']})" if mine else _why_not(rows),
-        f"{milliseconds(peer['median_ms'])} ({peer['provider']})" if peer else "",
+        f"{_time(mine)} ({mine['backend']})" if mine else _why_not(rows),
+        f"{_time(peer)} ({peer['provider']})" if peer else "",
         f"{peer['median_ms'] / mine['median_ms']:.2f}" if mine and peer else "",
         f"{mine['floor_ms'] / mine['median_ms']:.0%}" if mine else "",
         rate(mine) if mine else "",
@@ -119,6 +145,12 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
         memory(peer) if peer else "",
         "; ".join(others),
     )
+
+
+def _time(row: Row) -> str:
+    """Median, 20 % and 80 % quantile, and what a reader must know about them."""
+    spread = f"{milliseconds(row['median_ms'])} [{milliseconds(row['p20_ms'])}, {milliseconds(row['p80_ms'])}]"
+    return f"{spread} **({caution(row)})**" if caution(row) else spread
 
 
 def _why_not(rows: list[Row]) -> str:
@@ -144,11 +176,16 @@ def _compiled(rows: list[Row]) -> list[str]:
 def _absent(rows: list[Row]) -> list[str]:
     """Lines about who is not in the table, and why."""
     found = {
-        f"{row['provider']}: {row['status']}, {row['reason']}"
+        f"{row['provider']}{_of_case(row)}: {row['status']}, {row['reason']}"
         for row in rows
         if row["status"] != "ok" and row["role"] != "ours"
     }
     return ["Not measured: " + "; ".join(sorted(found)) + "."] if found else []
+
+
+def _of_case(row: Row) -> str:
+    """Who is missing is so in every case, with one reason."""
+    return "" if row["status"] == "missing" else f" ({row['case']})"
 
 
 def draw(machines: Machines, folder: Path) -> dict[tuple[Any, ...], list[str]]:

@@ -51,15 +51,20 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def note(row: Row) -> str:
-    """What a reader must know about a number."""
-    parts = [row["backend"] or ""]
+    """Who computed, and what a reader must know about the number."""
+    return ", ".join(part for part in (row["backend"] or "", caution(row)) if part)
+
+
+def caution(row: Row) -> str:
+    """What a reader must know about a number; mostly nothing."""
+    parts = []
     if row["role"] == "other":
         parts.append("different work")
     if row.get("partial"):
         parts.append("cut short")
     if row["noisy_samples"] > row["samples"] / 2:
         parts.append("noisy machine")
-    return ", ".join(part for part in parts if part)
+    return ", ".join(parts)
 
 
 def rate(row: Row) -> str:

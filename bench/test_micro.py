@@ -1,6 +1,7 @@
 """Micro-benchmarks on the CPU: `pytest bench --benchmark-autosave`, later `pytest bench --benchmark-compare`.
 
-The first case of every op, ours and the plain formula, with warm caches; `python -m bench` is the careful measurement.
+The first case of every op, ours and the plain formula, with warm caches. `python -m bench` is the careful measurement,
+and the only one of whole networks.
 """
 
 from typing import Any
@@ -11,12 +12,17 @@ import torch
 from .case import Case, Mode, Provider, ops
 from .measure import Cotangents, Step
 
-pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: pip install 'focuskernels[bench]'")
+pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: pip install -e '.[bench]'")
+
+
+NETWORKS = ("focusnet", "snet")
 
 
 def _selected() -> list[Any]:
     found = []
     for op in ops().values():
+        if op.name in NETWORKS:
+            continue
         case = op.cases("cpu", "full")[0]
         mode: Mode = "fwdbwd" if "fwdbwd" in case.cost else "fwd"
         for provider in case.providers:

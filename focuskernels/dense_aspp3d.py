@@ -117,14 +117,16 @@ class Passes:
 
 
 def slabs(buffer: Tensor, channels: int) -> list[slice]:
-    """Pieces of the depth in which what stands in one layout, of so many channels, stays in a cache."""
+    """Pieces of the depth of which so many channels stay in a cache of a CPU; one piece elsewhere."""
+    if buffer.device.type != "cpu":
+        return [slice(None)]
     depth, plane = buffer.shape[2], buffer.shape[0] * channels * buffer.shape[3:].numel()
     thickness = max(1, SLAB // max(1, plane))
     return [slice(start, min(start + thickness, depth)) for start in range(0, depth, thickness)]
 
 
 def _first(buffer: Tensor, channels: int) -> Tensor:
-    """Dense in the layout of the buffer; no copy of one sample with channels first."""
+    """Dense in the layout of the buffer."""
     return buffer[:, :channels].contiguous(memory_format=layout_of(buffer))
 
 

@@ -83,7 +83,7 @@ def linear_argmax(
         probability: whether its softmax probability is wanted too.
 
     Returns:
-        LinearArgmax(labels, probability); not differentiable. Of equal logits the first class is taken on the CPU.
+        LinearArgmax(labels, probability); not differentiable. Of equal logits the first class is taken.
 
     Raises:
         TypeError, ValueError: inputs that do not fit together, or too many classes.
@@ -192,9 +192,13 @@ def _reference_argmax(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _chunked_argmax(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    in_full = features.dtype.itemsize >= 4
-    top_class = torch.ops.focuskernels_C.class_argmax if in_full else reference.top_class
-    return reference.argmax(top_class, features, *args)
+    return reference.argmax(_top_class, features, *args)
+
+
+def _top_class(logits: Tensor) -> tuple[Tensor, Tensor]:
+    # float32 holds every number of half precision
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.ops.focuskernels_C.class_argmax(wide)
 
 
 def _unsupported_by_triton(features: Tensor, *_: Any) -> str | None:

@@ -149,6 +149,14 @@ def test_kernels_of_every_op_are_found() -> None:
         assert all((ROOT / name).is_file() for name in names)
 
 
+def test_the_formulas_that_cases_import_make_results_stale_too() -> None:
+    for op in ops().values():
+        names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op, "cpu")}
+        text = (ROOT / "bench" / "cases" / f"{op.name}.py").read_text()
+        if "from focuskernels.reference import nn" in text or "from focuskernels.reference.nn import" in text:
+            assert "focuskernels/reference/nn.py" in names, op.name
+
+
 def test_what_kernels_import_makes_results_stale_too() -> None:
     for op in ops().values():
         names = {path.relative_to(ROOT).as_posix() for path in sources.source_files(op, "cuda")}
@@ -490,7 +498,7 @@ def test_cuda_without_a_gpu_is_one_line() -> None:
 STUB = """#!/bin/sh
 echo "$*" >> "{calls}"
 case "$*" in
-    *--names*) printf '%s\\n' dense_aspp3d norm_act roi_align_3d snet ;;
+    *--names*) printf '%s\\n' dense_aspp3d focusnet norm_act roi_align_3d snet ;;
     *norm_act*) echo broken >&2; exit 3 ;;
     *bench*--json*) touch "{out}/gpu.json" ;;
 esac
@@ -517,7 +525,7 @@ def test_gpu_script_goes_on_after_a_failure(part: str, resume: bool, tmp_path: P
     # The long ones last, each in a process of its own; one that fails keeps none of the others from running.
     each = [
         f"-m bench {op} --device cuda --without compile --json {out}/gpu.json"
-        for op in ("norm_act", "roi_align_3d", "dense_aspp3d", "snet")
+        for op in ("norm_act", "roi_align_3d", "dense_aspp3d", "focusnet", "snet")
     ]
     assert benches == [line + " --resume" * resume for line in each] + [everything] * (part == "")
     assert run.returncode == 1

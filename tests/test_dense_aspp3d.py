@@ -10,6 +10,7 @@ import torch.distributed as dist
 from compare import assert_traceable, gradients
 from torch import Tensor
 
+from focuskernels import dense_aspp3d
 from focuskernels._lib import layout_of
 from focuskernels.nn import DenseASPP3d, NormAct3d
 
@@ -48,10 +49,14 @@ def assert_chain(module: DenseASPP3d, chain: Chain, x: Tensor) -> None:
     torch.testing.assert_close(module.state_dict(), chain.state_dict())
 
 
+@pytest.mark.parametrize("slab", [dense_aspp3d.SLAB, 250])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_is_the_chain_of_its_layers(norm: Any, batch: int, training: bool) -> None:
+def test_is_the_chain_of_its_layers(
+    norm: Any, batch: int, training: bool, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_aspp3d, "SLAB", slab)  # 250: several slabs
     module, chain = (m.double().train(training) for m in pair(6, norm=norm))
     for layout in (torch.contiguous_format, torch.channels_last_3d):
         x = torch.randn(batch, 6, 3, 5, 4, dtype=torch.float64).to(memory_format=layout)

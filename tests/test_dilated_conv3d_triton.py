@@ -136,6 +136,7 @@ def test_launchers_are_the_reference(
     weight, bias, dilation = torch.randn(32, 32, 3, 3, 3).half(), torch.randn(32).half(), (1, 2, 1)
     double = (x.double(), weight.double(), bias.double())
     y = kernels.forward(x, weight, bias, dilation)
+    assert torch.equal(kernels.forward(x, weight, torch.stack([bias, -bias], dim=1)[:, 0], dilation), y)
     assert y.is_contiguous(memory_format=CHANNELS_LAST)
     assert_close(y, reference.forward(*double, dilation), torch.float16)
     expected = reference.grad_input(grad.double(), weight.double(), dilation)

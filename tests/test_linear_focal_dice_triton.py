@@ -43,6 +43,9 @@ def test_argmax_is_the_reference(
         assert torch.equal(labels.cpu(), expected)
         torch.testing.assert_close(top.cpu().double(), expected_top, rtol=1e-5, atol=0)
     assert kernels.argmax(features.to(DEVICE), weight.to(DEVICE), None, False)[1].numel() == 0
+    apart = torch.stack([bias, -9 * bias], dim=1)[:, 0]
+    dense, strided = (kernels.argmax(*(t.to(DEVICE) for t in (features, weight, b)), False)[0] for b in (bias, apart))
+    assert torch.equal(dense, strided)
 
 
 def test_nan_is_the_largest(kernels: Any) -> None:

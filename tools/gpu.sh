@@ -61,7 +61,7 @@ run_ops() {
     if [ -z "${RESUME:-}" ] && [ -e "$out/gpu.json" ]; then mv "$out/gpu.json" "$out/gpu-before.json"; fi
     # Those that take longest come last, when it is known how much time the others left.
     mapfile -t ops < <("$python" -m bench --names | awk '
-        /^(dense_aspp3d|dilated_conv3d|snet)$/ { late = late $0 "\n"; next } { print } END { printf "%s", late }')
+        /^(dense_aspp3d|dilated_conv3d|focusnet|snet)$/ { late = late $0 "\n"; next } { print } END { printf "%s", late }')
     [ "${#ops[@]}" -gt 0 ] || failed ops "python -m bench --names names none"
     left=${#ops[@]}
     for op in ${ops[@]+"${ops[@]}"}; do

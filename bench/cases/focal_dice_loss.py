@@ -152,7 +152,7 @@ def _monai() -> Any:
     try:
         import monai.losses
     except ImportError as error:
-        raise Missing(f"monai is not installed ({error}); pip install 'focuskernels[bench]'") from error
+        raise Missing(f"monai is not installed ({error}); pip install -e '.[bench]'") from error
     return monai.losses
 
 

@@ -120,14 +120,15 @@ def _case(volume: Triple, roi: Triple, config: ModelConfig, amp: torch.dtype | N
             ours(_function(build(), amp)),
             eager(plain),
             eager(checkpointed(plain), "eager, checkpointed", "peer"),
-            compiled(plain),
+            # off by 1e-2 in float32
+            dataclasses.replace(compiled(plain), tolerance=2e-2 if amp is None else None),
         ],
         shape={"volume": volume, "voxels": math.prod(volume)},
         dtype=amp or torch.float32,
         layout=layout,
         oracle_dtype=torch.float32 if amp else torch.float64,
-        # rectifiers switch and gradients cancel through thirty layers; torch.compile is off by 1e-2 in float32
-        tolerance=2e-2 if amp is None else 1e-1,
+        # rectifiers switch and gradients cancel through thirty layers
+        tolerance=5e-3 if amp is None else 1e-1,
         rounded=plain,
         make_small=maker(checked) if math.prod(volume) > math.prod(checked) else None,
     )
@@ -169,5 +170,5 @@ OP = Op(
     ("dilated_conv3d", "norm_act", "se_residual", "roi_gather_each_3d"),
     (*snet.STEMS, "roi_gather3d", "roi_sampling"),
     cases,
-    files=("focusnet/model.py",),
+    files=snet.FILES,
 )

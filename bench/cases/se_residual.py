@@ -157,7 +157,7 @@ def _monai(s: Size) -> Callable[[], Function]:
         try:
             from monai.networks.blocks import ChannelSELayer
         except ImportError as error:
-            raise Missing(f"monai is not installed ({error}); pip install 'focuskernels[bench]'") from error
+            raise Missing(f"monai is not installed ({error}); pip install -e '.[bench]'") from error
         layer = ChannelSELayer(spatial_dims=3, in_channels=s.channels, r=REDUCTION)
 
         def add(
@@ -185,4 +185,5 @@ def _monai(s: Size) -> Callable[[], Function]:
 
 
 STEMS = ("se_residual", "norm_se_residual", "norm_act", "channelwise")
-OP = Op("se_residual", ("se_residual", "norm_se_residual"), STEMS, cases)
+FILES = ("focuskernels/reference/nn.py",)
+OP = Op("se_residual", ("se_residual", "norm_se_residual"), STEMS, cases, files=FILES)

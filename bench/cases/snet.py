@@ -73,14 +73,15 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
             ours(_function(build(), _our_loss, amp)),
             eager(plain),
             eager(checkpointed(plain), "eager, checkpointed", "peer"),
-            compiled(plain),
+            # off by 1e-2 in float32
+            dataclasses.replace(compiled(plain), tolerance=2e-2 if amp is None else None),
         ],
         shape={"volume": volume, "voxels": math.prod(volume)},
         dtype=amp or torch.float32,
         layout=layout,
         oracle_dtype=torch.float32 if amp else torch.float64,
-        # rectifiers switch and gradients cancel through thirty layers; torch.compile is off by 1e-2 in float32
-        tolerance=2e-2 if amp is None else 1e-1,
+        # rectifiers switch and gradients cancel through thirty layers
+        tolerance=5e-3 if amp is None else 1e-1,
         rounded=plain,
         make_small=maker(checked) if math.prod(volume) > math.prod(checked) else None,
     )
@@ -111,4 +112,5 @@ STEMS = (
     "channelwise",
     "focal_dice",
 )
-OP = Op("snet", ("dilated_conv3d", "norm_act", "se_residual"), STEMS, cases, files=("focusnet/model.py",))
+FILES = ("focusnet/model.py", "focusnet/blocks.py")
+OP = Op("snet", ("dilated_conv3d", "norm_act", "se_residual"), STEMS, cases, files=FILES)

@@ -446,7 +446,7 @@ def convolve(
             source,
             taps,
             y,
-            bias if bias is not None else y,
+            bias.contiguous() if bias is not None else y,
             table if table is not None else y,
             depth,
             height,

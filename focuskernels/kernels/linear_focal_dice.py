@@ -81,7 +81,7 @@ def argmax(features: Tensor, weight: Tensor, bias: Tensor | None, probability: b
         argmax_kernel[(triton.cdiv(voxels, block_v), batch)](
             features,
             weight.contiguous(),
-            weight if bias is None else bias,
+            weight if bias is None else bias.contiguous(),
             labels,
             top,
             channels,
