@@ -207,18 +207,14 @@ def test_table2_shares_snet_and_goes_on(study, capsys) -> None:
 
 
 @pytest.mark.nightly
-def test_shared_snet_is_the_same_computation(study, tmp_path) -> None:
-    out = study("table2", "--rows", "focusnet")
-    shared, _ = load_checkpoint(out / "seed_0" / "focusnet" / "last.pt", torch.device("cpu"))
-    train.start_training(
-        out / "split" / "train",
-        tmp_path / "whole",
-        shared.config,
-        cache=out.parent / "cache",
-        device=torch.device("cpu"),
-    )
-    whole, _ = load_checkpoint(tmp_path / "whole" / "last.pt", torch.device("cpu"))
-    for name, value in whole.network.state_dict().items():
+@pytest.mark.parametrize("average", ["0.0", "0.5"])
+def test_shared_snet_is_the_same_computation(study, tmp_path, average: str) -> None:
+    cache = study("table2", "--rows", "focusnet", "--out", str(tmp_path), "--train.ema", average).parent / "cache"
+    shared, _ = load_checkpoint(tmp_path / "seed_0" / "focusnet" / "last.pt", torch.device("cpu"))
+    whole = tmp_path / "whole"
+    train.start_training(tmp_path / "split" / "train", whole, shared.config, cache=cache, device=torch.device("cpu"))
+    expected, _ = load_checkpoint(whole / "last.pt", torch.device("cpu"))
+    for name, value in expected.network.state_dict().items():
         assert torch.equal(value, shared.network.state_dict()[name]), name
 
 
