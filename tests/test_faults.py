@@ -52,7 +52,7 @@ class Command:
         if self.name == "prepare":
             return [data, "--config", config, *cache]
         if self.name == "predict":
-            return [str(self.folder / "model.pt"), data, "--out", out, "--device", "cpu"]
+            return [str(self.folder / "model.pt"), data, "--out", out, "--device", "cpu", "--continue"]
         resume = ["--resume"] if (self.folder / "out" / "last.pt").exists() else []
         return [data, "--out", out, "--config", config, *cache, "--device", "cpu", *resume]
 
@@ -110,6 +110,8 @@ def check_files(folder: Path) -> int:
             np.load(path)
         elif path.name.endswith(".json"):
             json.loads(path.read_text())
+        elif path.name.endswith(".csv"):
+            assert len(path.read_text().splitlines()) % 3 == 1  # a heading, and three organs for each case
         elif path.name.endswith(".pt"):
             load_checkpoint(path, CPU)
         elif path.name.endswith(".nii.gz"):

@@ -1,5 +1,7 @@
 import json
 
+import nibabel
+import nrrd
 import numpy as np
 import pydicom
 import pytest
@@ -8,7 +10,9 @@ from matplotlib.image import imread
 
 from focusnet import predict
 from focusnet.checkpoint import Model, build_network, load_checkpoint, save_checkpoint
+from focusnet.data.cases import find_cases
 from focusnet.data.images import Grid, Volume, read_image, read_labels, write_image
+from focusnet.data.organs import organ_color
 from focusnet.errors import FocusNetError
 from focusnet.inference import Segmentation
 from focusnet.prepare import prepare
@@ -28,6 +32,11 @@ def checkpoint(tmp_path_factory):
     return root / "model.pt"
 
 
+def cases_in(out):
+    """The folders of `out`; a folder that is not hidden is a case."""
+    return sorted(path.name for path in out.iterdir() if path.is_dir())
+
+
 def run(checkpoint, source, out, *options):
     return predict.main([str(checkpoint), str(source), "--out", str(out), "--device", "cpu", *options])
 
@@ -44,16 +53,19 @@ def test_the_mask_lies_on_exactly_the_inputs_grid(checkpoint, tmp_path, grid) ->
     labels = read_labels(folder / "labels.nii.gz")
     assert labels.grid.matches(read_image(image).grid)
     names = json.loads((folder / "labels.json").read_text())
-    assert set(names.values()) == {"Brainstem", "Eye_L", "Eye_R"}
+    volumes = {"Brainstem": 1.44, "Eye_L": 0.216, "Eye_R": 0.216}
+    assert set(names.values()) == set(volumes)
     assert set(np.unique(labels.array)) <= {0, 1, 2, 3}
     assert (folder / "qc.png").read_bytes().startswith(b"\x89PNG")
     stats = json.loads((folder / "statistics.json").read_text())
+    hu = read_image(image).array
     for value, name in names.items():
-        volume = (labels.array == int(value)).sum() * grid.voxel_mm3 / 1000
-        assert stats[name]["volume_cm3"] == pytest.approx(volume, abs=1e-4)
-        voxels = np.argwhere(labels.array == int(value))
-        center = grid.point(voxels.mean(axis=0)).tolist() if len(voxels) else None
+        mask = labels.array == int(value)
+        assert stats[name]["volume_cm3"] == pytest.approx(mask.sum() * grid.voxel_mm3 / 1000, abs=1e-4)
+        center = grid.point(np.argwhere(mask).mean(axis=0)).tolist() if mask.any() else None
         assert stats[name]["center_mm"] == (center and pytest.approx(center, abs=0.01))
+        assert stats[name]["mean_hu"] == (pytest.approx(hu[mask].mean(), abs=0.06) if mask.any() else None)
+        assert stats[name]["training_volume_cm3"] == [volumes[name]] * 3
     assert "heatmap_peak" in stats["Eye_L"] and "heatmap_peak" not in stats["Brainstem"]
 
 
@@ -105,7 +117,9 @@ def test_a_ct_of_nobody_is_noted(checkpoint, tmp_path, capsys) -> None:
 def test_a_folder_of_cases(checkpoint, tmp_path) -> None:
     write_data(tmp_path / "data", cases=2)
     run(checkpoint, tmp_path / "data", tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["case_0", "case_1"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *(".claims", "case_0", "case_1", "statistics.csv")
+    ]
 
 
 def test_one_bad_case_does_not_stop_the_others(checkpoint, tmp_path, capsys) -> None:
@@ -113,7 +127,7 @@ def test_one_bad_case_does_not_stop_the_others(checkpoint, tmp_path, capsys) -> 
     whole = (tmp_path / "data" / "case_0" / "img.nrrd").read_bytes()
     (tmp_path / "data" / "case_0" / "img.nrrd").write_bytes(whole[: len(whole) // 2])
     assert run(checkpoint, tmp_path / "data", tmp_path / "out") == 2
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["case_1"]
+    assert cases_in(tmp_path / "out") == ["case_1"]
     printed = capsys.readouterr()
     assert "segmented 1 of 2" in printed.out
     assert printed.err.count("error: ") == 1 and "error: case_0: cannot read" in printed.err
@@ -139,7 +153,7 @@ def test_one_case_that_fails_does_not_stop_the_others(checkpoint, tmp_path, monk
 
     monkeypatch.setattr(predict, "predict_volume", fail_first)
     assert run(checkpoint, tmp_path / "data", tmp_path / "out") == 2
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["case_1"]
+    assert cases_in(tmp_path / "out") == ["case_1"]
     assert reason in capsys.readouterr().err.partition("error: case_0: ")[2]
 
 
@@ -155,21 +169,22 @@ def test_a_case_is_written_as_a_whole(checkpoint, tmp_path, monkeypatch) -> None
         patch.setattr(predict, "draw_qc", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "out", "--per_organ")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["img"]
+    assert cases_in(tmp_path / "out") == ["img"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "img").iterdir()} == before
     run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / "out", "--per_organ")
     assert {path.name for path in (tmp_path / "out" / "img").iterdir()} == {
         "segmentations",
         "statistics.json",
+        "prediction.json",
         "qc.png",
     }
 
 
-def test_the_data_set_is_never_replaced(checkpoint, tmp_path, capsys) -> None:
+def test_the_data_set_is_never_replaced(checkpoint, tmp_path) -> None:
     write_data(tmp_path / "data", cases=1)
     before = sorted((tmp_path / "data").rglob("*"))
-    assert run(checkpoint, tmp_path / "data", tmp_path / "data") == 2
-    assert "case_0: cannot replace" in capsys.readouterr().err
+    with pytest.raises(FocusNetError, match=r"^cannot replace .*case_0: it is no prediction \(img.nrrd\)"):
+        run(checkpoint, tmp_path / "data", tmp_path / "data")
     assert sorted((tmp_path / "data").rglob("*")) == before
 
 
@@ -179,7 +194,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_ct(
 ) -> None:
     write_data(tmp_path / "data", cases=1)
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(predict, "predict_case", lambda *arguments, **options: pytest.fail("segmented"))
+    monkeypatch.setattr(predict, "predict_case", lambda *arguments: pytest.fail("segmented"))
     with pytest.raises(FocusNetError, match=f"^cannot write into {tmp_path / name}: [^/]+$"):
         run(checkpoint, tmp_path / "data", tmp_path / name)
 
@@ -231,3 +246,62 @@ def test_outlines_are_drawn_in_thin_volumes_too(checkpoint, tmp_path, shape) -> 
     draw_qc(tmp_path / "qc.png", volume, result, model)
     picture = imread(tmp_path / "qc.png")
     assert (picture[..., :3].max(axis=-1) - picture[..., :3].min(axis=-1) > 0.5).sum() > 1000  # coloured outlines
+
+
+@pytest.mark.parametrize("grid", [GRID, OBLIQUE], ids=["axial", "oblique"])
+@pytest.mark.parametrize("kind", ["nii.gz", "nrrd"])
+def test_other_libraries_read_the_same_voxels_in_the_same_place(checkpoint, tmp_path, grid, kind) -> None:
+    write_case(tmp_path / "case", 5, grid=grid)
+    for options in ([], ["--per_organ"]):
+        out = tmp_path / f"out{len(options)}"
+        assert run(checkpoint, tmp_path / "case" / "img.nrrd", out, "--format", kind, *options) == 0
+    suffix = ".nii.gz" if kind == "nii.gz" else ".seg.nrrd"
+    whole = read_labels(tmp_path / "out0" / "img" / f"labels{suffix}").array
+    assert len(np.unique(whole)) > 2
+    names = json.loads((tmp_path / "out0" / "img" / "labels.json").read_text())
+    expected = {tmp_path / "out0" / "img" / f"labels{suffix}": whole}
+    for value, name in names.items():
+        expected[tmp_path / "out1" / "img" / "segmentations" / f"{name}{suffix}"] = whole == int(value)
+    for path, labels in expected.items():
+        voxels, to_lps = read_nifti(path) if kind == "nii.gz" else read_nrrd(path)
+        assert np.array_equal(voxels, labels)
+        for voxel in ((0, 0, 0), (13, 23, 25), (3, 11, 7)):
+            assert to_lps @ (*voxel[::-1], 1) == pytest.approx([*grid.point(voxel), 1], abs=1e-4)  # float32 in NIfTI
+    cases = find_cases(tmp_path / "out0") + find_cases(tmp_path / "out1")
+    assert [case.organs for case in cases] == [sorted(names.values())] * 2
+
+
+def read_nifti(path):
+    """Voxels (z, y, x) and the matrix from (x, y, z) voxels to LPS, as nibabel reads them."""
+    image = nibabel.load(path)
+    return np.asarray(image.dataobj).T, np.diag([-1, -1, 1, 1]) @ image.affine
+
+
+def read_nrrd(path):
+    """Likewise, as pynrrd reads them."""
+    voxels, header = nrrd.read(str(path))
+    assert header["space"] == "left-posterior-superior"
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = header["space directions"].T, header["space origin"]
+    return voxels.T, matrix
+
+
+def test_slicer_finds_names_colours_and_extents(checkpoint, tmp_path) -> None:
+    write_case(tmp_path / "case", 5)
+    for options in ([], ["--per_organ"]):
+        run(checkpoint, tmp_path / "case" / "img.nrrd", tmp_path / f"out{len(options)}", "--format", "nrrd", *options)
+    voxels, header = nrrd.read(str(tmp_path / "out0" / "img" / "labels.seg.nrrd"))
+    names = json.loads((tmp_path / "out0" / "img" / "labels.json").read_text())
+    assert header["Segmentation_SourceRepresentation"] == "Binary labelmap"
+    for number, (value, name) in enumerate(names.items()):
+        segment = {field: header[f"Segment{number}_{field}"] for field in ("ID", "Name", "LabelValue", "Layer")}
+        assert segment == {"ID": name, "Name": name, "LabelValue": value, "Layer": "0"}
+        color = [float(part) * 255 for part in header[f"Segment{number}_Color"].split()]
+        assert color == pytest.approx(organ_color(name), abs=1e-3)
+        extent = list(map(int, header[f"Segment{number}_Extent"].split()))
+        found = np.argwhere(voxels == int(value))  # x, y, z, as the extent
+        sides = zip(found.min(axis=0), found.max(axis=0)) if len(found) else [(0, -1)] * 3
+        assert extent == [end for side in sides for end in side]
+    assert "Segment3_ID" not in header
+    header = nrrd.read_header(str(tmp_path / "out1" / "img" / "segmentations" / "Eye_R.seg.nrrd"))
+    assert (header["Segment0_Name"], header["Segment0_LabelValue"]) == ("Eye_R", "1") and "Segment1_ID" not in header
