@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-_EXTRA = ("numpy", "scipy", "SimpleITK", "jsonargparse", "yaml", "rich", "matplotlib")
+_EXTRA = ("numpy", "scipy", "SimpleITK", "jsonargparse", "yaml", "rich", "matplotlib", "jinja2", "PIL")
 
 
 def require_extra() -> None:

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train all stages",
     "predict": "segment CTs",
     "evaluate": "compare two folders of segmentations",
+    "report": "one HTML page about a cohort that predict segmented",
     "study": "the tables of the paper",
     "phantom": "make synthetic CTs with their organs",
     "demo": "all of it on phantoms",

@@ -53,7 +53,7 @@ def test_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) -> Non
         assert sources <= names
     presets = {str(p.relative_to(ROOT)) for p in (ROOT / "focusnet/presets").glob("*.yaml")}
     assert {"focusnet/presets/paper.yaml", "focusnet/presets/released.yaml"} <= presets <= names
-    assert "focuskernels/py.typed" in names
+    assert {"focuskernels/py.typed", "focusnet/report.html"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in names)
 
