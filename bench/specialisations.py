@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from focuskernels.kernels import channelwise, dense_aspp3d, dilated_conv3d, focal_dice, linear_focal_dice, roi_gather3d
+from focuskernels.kernels import (
+    channelwise,
+    dense_aspp3d,
+    dilated_conv3d,
+    focal_dice,
+    linear_focal_dice,
+    roi_align3d,
+    roi_gather3d,
+)
 from focuskernels.kernels.dilated_conv3d_tiles import Tile, WeightTile, tiles, weight_tiles
 
 Capability = tuple[int, int]
@@ -49,6 +57,7 @@ def specialisations(capability: Capability) -> Iterator[Specialisation]:
         yield from _focal_dice(dtype)
         yield from _linear_argmax(dtype, channels_last)
         yield from _roi_gather(dtype, channels_last)
+        yield from _roi_align(dtype, channels_last)
     yield from _convolutions(capability)
     yield from _dense_aspp()
 
@@ -143,6 +152,45 @@ def _roi_gather_from(dtype: str, channels_last: bool, table: bool) -> Iterator[S
             options={"num_warps": module.WARPS},
             needed=maps * tile,
             aligned=tuple(n for n in kernel.arg_names if n not in types and n not in ("rois", odd)),
+        )
+
+
+def _roi_align(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+    """As many samples as the boxes ask for, and, channels last, a fixed number."""
+    module, channels = roi_align3d, 32
+    block_c, block_v = module.tile(channels, channels_last)
+    ones = ("source_c", "result_c", "grad_c") if channels_last else ("source_x", "result_v", "grad_x")
+    fixed = {"ALIGNED": True, "SPARSE": channels_last, "BLOCK_C": block_c, "BLOCK_V": block_v}
+    fixed |= {name: getattr(module, name) for name in ("BLOCK_K", "BLOCK_O", "BLOCK_J")}
+    fixed |= dict.fromkeys((*ones, "samples"), 1)
+    types = dict.fromkeys(("source", "result", "grad"), "*" + dtype) | {"rois": "*fp32", "weights": "*fp32"}
+    types |= {"places": "*i32", "heads": "*i32"} | dict.fromkeys(("scale_z", "scale_y", "scale_x"), "i64")
+    name = f"{dtype}, {channels} channels {'last' if channels_last else 'first'}"
+    tile = block_c * block_v * BYTES[dtype]
+    sizes = ("channels", "depth", "height", "width")
+    for kernel, maps in ((module.forward_kernel, 1), (module.backward_kernel, 1)):
+        steps = tuple(n for n in kernel.arg_names if n.startswith(("source_", "result_", "grad_")))
+        yield Specialisation(
+            stem="roi_align3d",
+            kernel=kernel,
+            name=name,
+            # Of backward `rois` is their number.
+            types={n: t for n, t in types.items() if n != "rois"},
+            fixed=fixed,
+            options={"num_warps": module.WARPS},
+            needed=maps * tile,
+            aligned=(*sizes, *steps),
+        )
+    for is_forward in (True, False):
+        yield Specialisation(
+            stem="roi_align3d",
+            kernel=module.table_kernel,
+            name=f"{'forward' if is_forward else 'backward'}, {'fixed' if channels_last else 'adaptive'} samples",
+            types=types,
+            fixed=fixed | {"FORWARD": is_forward},
+            options={"num_warps": module.TABLE_WARPS, "enable_fp_fusion": False},
+            needed=module.BLOCK_O * module.BLOCK_J * 4,
+            aligned=sizes,
         )
 
 

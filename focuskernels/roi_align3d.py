@@ -1,13 +1,14 @@
 """ROI-align in three dimensions, with the semantics of `torchvision.ops.roi_align`."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import require_float, triple, values_are_readable
-from ._lib import csrc_kernel, define, forbid_double_backward
+from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel
 from .reference import roi_align3d as reference
 from .reference.roi_gather3d import DTYPES, is_channels_last
 
@@ -161,6 +162,32 @@ def _fake_backward(grad: Tensor, *arguments: Any) -> Tensor:
     return reference.empty_gradient(grad, *arguments[-3:])
 
 
+_MOST_PROGRAMS = 65535  # along the third axis of a CUDA grid
+_MOST_VOXELS = 2**31 - 2**12  # are numbered with 32 bits, and so is the rest of the last tile
+
+
+def _forward_not_in_triton(input: Tensor, rois: Tensor, output_size: Sequence[int], *_: Any) -> str | None:
+    if input.dtype == torch.float64:
+        return "no kernel for torch.float64"
+    if len(rois) > _MOST_PROGRAMS:
+        return f"{len(rois)} ROIs, at most {_MOST_PROGRAMS} are supported"
+    return _too_large(input.shape, output_size)
+
+
+def _backward_not_in_triton(grad: Tensor, *arguments: Any) -> str | None:
+    *_, shape, dtype, _channels_last = arguments
+    if torch.float64 in (grad.dtype, DTYPES[dtype]):
+        return "no kernel for torch.float64"
+    if shape[0] > _MOST_PROGRAMS:
+        return f"{shape[0]} samples, at most {_MOST_PROGRAMS} are supported"
+    return _too_large(shape, grad.shape[2:])
+
+
+def _too_large(shape: Sequence[int], output_size: Sequence[int]) -> str | None:
+    voxels = max(prod(shape[2:]), prod(output_size))
+    return f"{voxels} voxels, at most {_MOST_VOXELS} are supported" if voxels > _MOST_VOXELS else None
+
+
 _OPTIONS = "float[] scale, int sampling_ratio, bool aligned"
 _forward = define(
     f"roi_align_3d_fwd(Tensor input, Tensor rois, SymInt[] output_size, {_OPTIONS}) -> Tensor",
@@ -168,6 +195,7 @@ _forward = define(
     reference=reference.forward,
     fake=_fake_forward,
     cpu=[csrc_kernel("roi_align_3d_forward")],
+    cuda=[triton_kernel("roi_align3d", "forward", _forward_not_in_triton)],
 )
 _backward = define(
     f"roi_align_3d_bwd(Tensor grad, Tensor rois, {_OPTIONS}, SymInt[] shape, int dtype, bool channels_last) -> Tensor",
@@ -175,4 +203,5 @@ _backward = define(
     reference=reference.backward,
     fake=_fake_backward,
     cpu=[csrc_kernel("roi_align_3d_backward")],
+    cuda=[triton_kernel("roi_align3d", "backward", _backward_not_in_triton)],
 )

@@ -22,6 +22,7 @@ REGISTERS = {
     "focal_dice": 255,
     "linear_focal_dice": 128,
     "roi_gather3d": 230,
+    "roi_align3d": 128,
     "dilated_conv3d.conv_kernel": 200,
     "dilated_conv3d.weight_kernel": 190,
     "dilated_conv3d.reduce_kernel": 64,
@@ -30,7 +31,10 @@ REGISTERS = {
     "dense_aspp3d.backward_kernel": 230,
 }
 #: Bytes of a thread on the stack, where that is not 0: with sizes from a table ptxas keeps some of them there.
-SPILLED = {("roi_gather3d.backward_kernel", True): 104}  # with Triton 3.6; less with 3.9
+SPILLED = {
+    ("roi_gather3d.backward_kernel", True): 104,  # with Triton 3.6; less with 3.9
+    ("roi_align3d.backward_kernel", False): 32,  # read once per ROI and tile
+}
 #: The tensor-core instructions an architecture has.
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 WITH_MATRIX = ("dilated_conv3d.conv_kernel", "dilated_conv3d.weight_kernel", "dense_aspp3d")
