@@ -13,6 +13,7 @@ from focuskernels.kernels import (
     dense_aspp3d,
     dilated_conv3d,
     focal_dice,
+    heatmap_argmax3d,
     linear_focal_dice,
     roi_align3d,
     roi_gather3d,
@@ -58,6 +59,7 @@ def specialisations(capability: Capability) -> Iterator[Specialisation]:
         yield from _linear_argmax(dtype, channels_last)
         yield from _roi_gather(dtype, channels_last)
         yield from _roi_align(dtype, channels_last)
+        yield from _heatmap_argmax(dtype, channels_last)
     yield from _convolutions(capability)
     yield from _dense_aspp()
 
@@ -191,6 +193,30 @@ def _roi_align(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
             options={"num_warps": module.TABLE_WARPS, "enable_fp_fusion": False},
             needed=module.BLOCK_O * module.BLOCK_J * 4,
             aligned=sizes,
+        )
+
+
+def _heatmap_argmax(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+    module, maps = heatmap_argmax3d, 9
+    block_k, block_v = module.tile(maps, maps if channels_last else 1)
+    types = {"heatmaps": "*" + dtype, "value": "*" + dtype, "values": "*fp32", "places": "*i64", "position": "*i64"}
+    types |= {"voxels": "i64", "stride_n": "i64"}
+    fixed = {"PASSES": module.PASSES, "BLOCK": module.BLOCK, "BLOCK_K": block_k, "BLOCK_V": block_v}
+    name = f"{dtype}, {maps} maps {'last' if channels_last else 'first'}"
+    for kernel, needed in (
+        (module.chunks_kernel, block_v * (maps if channels_last else 1) * BYTES[dtype]),
+        (module.maps_kernel, module.BLOCK * 12),
+    ):
+        last = kernel is module.maps_kernel
+        yield Specialisation(
+            stem="heatmap_argmax3d",
+            kernel=kernel,
+            name=name,
+            types=types | (dict.fromkeys(("stride_k", "stride_v"), "i64") if last else {}),
+            fixed=fixed | ({} if last else {"stride_k" if channels_last else "stride_v": 1}),
+            options={"num_warps": module.WARPS},
+            needed=needed,
+            aligned=("voxels", "stride_n") if channels_last else ("voxels", "stride_n", "stride_k"),
         )
 
 

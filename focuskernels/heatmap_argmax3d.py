@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._lib import csrc_kernel, define
+from ._lib import csrc_kernel, define, triton_kernel
 from .reference import heatmap_argmax3d as reference
 
 
@@ -77,6 +77,17 @@ def _unsupported(heatmaps: Tensor) -> str | None:
     return None if heatmaps.dtype in supported else f"no kernel for {heatmaps.dtype}"
 
 
+_MOST_PROGRAMS = 65535  # along the third axis of a CUDA grid
+
+
+def _not_in_triton(heatmaps: Tensor) -> str | None:
+    if heatmaps.dtype == torch.float64:
+        return "no kernel for torch.float64"
+    if max(heatmaps.shape[:2]) > _MOST_PROGRAMS:
+        return f"{tuple(heatmaps.shape[:2])} samples and maps, at most {_MOST_PROGRAMS} are supported"
+    return _unsupported(heatmaps)
+
+
 def _fake_forward(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
     shape = heatmaps.shape[:2]
     return heatmaps.new_empty(shape, dtype=torch.int64), heatmaps.new_empty(shape)
@@ -88,4 +99,5 @@ _forward = define(
     reference=reference.argmax,
     fake=_fake_forward,
     cpu=[csrc_kernel("heatmap_argmax_3d", _unsupported)],
+    cuda=[triton_kernel("heatmap_argmax3d", "argmax", _not_in_triton)],
 )
