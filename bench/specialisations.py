@@ -15,6 +15,7 @@ from focuskernels.kernels import (
     focal_dice,
     heatmap_argmax3d,
     linear_focal_dice,
+    paste_rois3d,
     roi_align3d,
     roi_gather3d,
 )
@@ -60,6 +61,7 @@ def specialisations(capability: Capability) -> Iterator[Specialisation]:
         yield from _roi_gather(dtype, channels_last)
         yield from _roi_align(dtype, channels_last)
         yield from _heatmap_argmax(dtype, channels_last)
+        yield _paste_rois(dtype)
     yield from _convolutions(capability)
     yield from _dense_aspp()
 
@@ -218,6 +220,22 @@ def _heatmap_argmax(dtype: str, channels_last: bool) -> Iterator[Specialisation]
             needed=needed,
             aligned=("voxels", "stride_n") if channels_last else ("voxels", "stride_n", "stride_k"),
         )
+
+
+def _paste_rois(dtype: str) -> Specialisation:
+    module = paste_rois3d
+    types = {"labels": "*u8", "result": "*u8", "centers": "*fp64", "classes": "*i64", "table": "*i64"}
+    types |= {"like": "*" + dtype, "limit": "fp32"} | dict.fromkeys([f"stride_{a}" for a in "nzyx"], "i64")
+    return Specialisation(
+        stem="paste_rois3d",
+        kernel=module.paste_kernel,
+        name=dtype,
+        types=types,
+        fixed={"DENSE": True, "BLOCK_K": 16, "BLOCK_V": module.BLOCK_V},
+        options={"num_warps": module.WARPS},
+        needed=module.BLOCK_V * BYTES[dtype],
+        aligned=("depth", "height", "width", "stride_n", "stride_z", "stride_y"),
+    )
 
 
 def _convolutions(capability: Capability) -> Iterator[Specialisation]:

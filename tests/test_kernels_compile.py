@@ -24,6 +24,7 @@ REGISTERS = {
     "roi_gather3d": 230,
     "roi_align3d": 128,
     "heatmap_argmax3d": 128,
+    "paste_rois3d": 128,
     "dilated_conv3d.conv_kernel": 200,
     "dilated_conv3d.weight_kernel": 190,
     "dilated_conv3d.reduce_kernel": 64,
