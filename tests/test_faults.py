@@ -21,7 +21,6 @@ from focusnet import predict, prepare, train
 from focusnet.checkpoint import Model, build_network, load_checkpoint, save_checkpoint
 from focusnet.cli import run
 from focusnet.config import StageConfig
-from focusnet.data.crops import CropDataset
 from focusnet.data.images import read_labels
 from focusnet.errors import FocusNetError
 from focusnet.files import atomic_folder, atomic_write, clear_unfinished
@@ -257,30 +256,6 @@ def test_arrays_damaged_after_preparing_are_named(config_and_data: Path, monkeyp
     ) as caught:
         start(config_and_data, workers=workers)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_a_crop_names_its_case(config_and_data: Path, monkeypatch, workers) -> None:
-    def fail(*arguments):
-        raise ZeroDivisionError("by nothing")
-
-    monkeypatch.setattr(CropDataset, "_points", fail)
-    with pytest.raises(RuntimeError, match=r"a training crop of case case_\d failed: ZeroDivisionError: by nothing"):
-        start(config_and_data, workers=workers)
-
-
-def test_a_killed_worker_is_one_line(config_and_data: Path, monkeypatch) -> None:
-    here = os.getpid()
-
-    def die(*arguments):
-        assert os.getpid() != here
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(CropDataset, "_points", die)
-    with pytest.raises(
-        FocusNetError, match=r"^a process that loads training crops died.*worker.*: lower train\.workers"
-    ):
-        start(config_and_data, workers=1)
 
 
 def test_sigterm_is_as_gentle_as_ctrl_c(config_and_data: Path) -> None:
