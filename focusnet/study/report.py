@@ -149,7 +149,7 @@ class Report:
                         text = _cell(_stat(rows[organ], metric), spread[organ], scale, digits)
                     cells.setdefault(organ, []).append(text)
             published = column.published(metric)
-            if published:
+            if any(organ in published for organ in organs):
                 header.append(f"{column.row.name}, published")
                 for organ in organs:
                     cells.setdefault(organ, []).append(_figure(published.get(organ, UNKNOWN)))
