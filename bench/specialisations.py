@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from focuskernels.kernels import (
     channelwise,
     dense_aspp3d,
@@ -57,7 +59,7 @@ def specialisations(capability: Capability) -> Iterator[Specialisation]:
     for dtype, channels_last in (("bf16", True), ("fp32", False)):
         yield from _channelwise(dtype, channels_last)
         yield from _focal_dice(dtype)
-        yield from _linear_argmax(dtype, channels_last)
+        yield from _linear(dtype, channels_last)
         yield from _roi_gather(dtype, channels_last)
         yield from _roi_align(dtype, channels_last)
         yield from _heatmap_argmax(dtype, channels_last)
@@ -111,13 +113,24 @@ def _focal_dice(dtype: str) -> Iterator[Specialisation]:
         )
 
 
-def _linear_argmax(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+def _linear(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
+    """Labels and the loss of FocusNet's last convolution, and the loss of the most classes and features."""
+    yield _linear_argmax(dtype, channels_last)
+    softmax, sigmoid = focal_dice.SOFTMAX.value, focal_dice.SIGMOID.value
+    yield from _linear_loss(dtype, channels_last, CLASSES, 32, softmax)
+    yield from _linear_loss(dtype, channels_last, CLASSES, 32, sigmoid)
+    # the most there are
+    for classes, channels in ((128, 32), (64, 64)) if dtype == "bf16" else ((16, 64),):
+        yield from _linear_loss(dtype, channels_last, classes, channels, softmax)
+
+
+def _linear_argmax(dtype: str, channels_last: bool) -> Specialisation:
     module, channels = linear_focal_dice, 32
-    block_c, block_v, warps = module.tile(CLASSES)
+    block_c, block_v, warps = module.argmax_tile(CLASSES)
     types = dict.fromkeys(("features", "weight", "bias"), "*" + dtype) | {"labels": "*u8", "probabilities": "*fp32"}
     fixed = {"BIAS": True, "PROBABILITY": False, "BLOCK_C": block_c, "BLOCK_K": module.BLOCK_K, "BLOCK_V": block_v}
     fixed |= {"stride_k" if channels_last else "stride_v": 1}
-    yield Specialisation(
+    return Specialisation(
         stem="linear_focal_dice",
         kernel=module.argmax_kernel,
         name=f"{dtype}, {channels} channels {'last' if channels_last else 'first'}, {CLASSES} classes",
@@ -127,6 +140,32 @@ def _linear_argmax(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
         needed=block_v * module.BLOCK_K * BYTES[dtype],
         aligned=("channels", "voxels", "stride_n", "stride_v" if channels_last else "stride_k"),
     )
+
+
+def _linear_loss(dtype: str, channels_last: bool, classes: int, channels: int, mode: int) -> Iterator[Specialisation]:
+    """Forward and backward of `linear_focal_dice_loss`."""
+    module, sigmoid = linear_focal_dice, mode == focal_dice.SIGMOID.value
+    block_c, block_v, warps = module.tile(classes, mode, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    types = dict.fromkeys(("features", "weight", "bias", "grad"), "*" + dtype)
+    types |= dict.fromkeys(("sums", "grad_sums", "grad_weight", "grad_bias"), "*fp32") | {"wrongs": "*i32"}
+    types |= {"target": "*u8", "class_mask": "*u8", "gamma": "fp32", "ignore": "i64"}
+    fixed = {"MODE": mode, "KIND": 2, "MULTI_HOT": sigmoid, "MASKED": True, "IGNORES": True, "BIAS": True}
+    fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v, "BLOCK_K": module.block_k(channels), "FEATURES": True}
+    fixed |= {"PRECISION": module.PRECISION}
+    fixed |= {"stride_k" if channels_last else "stride_v": 1}
+    kind = "independent channels" if sigmoid else "classes"
+    labels = classes if sigmoid else 1
+    for kernel, maps in ((module.forward_kernel, 1), (module.backward_kernel, 2)):
+        yield Specialisation(
+            stem="linear_focal_dice",
+            kernel=kernel,
+            name=f"{dtype}, {channels} channels {'last' if channels_last else 'first'}, {classes} {kind}",
+            types=types,
+            fixed=fixed,
+            options={"num_warps": warps},
+            needed=block_v * (maps * channels * BYTES[dtype] + labels),
+            aligned=("channels", "voxels", "stride_n", "stride_v" if channels_last else "stride_k", "tiles"),
+        )
 
 
 def _roi_gather(dtype: str, channels_last: bool) -> Iterator[Specialisation]:

@@ -1,6 +1,6 @@
 """The network's last 1x1x1 convolution together with the loss or the labels: its logits never exist as a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import focal_dice
 from ._arguments import cast_for_autocast, require_float
-from ._lib import Kernel, csrc_missing, define, forbid_double_backward, triton_kernel, triton_missing
+from ._lib import Kernel, csrc_missing, define, forbid_double_backward, log, triton_kernel, triton_missing
 from .focal_dice import ClassSums, Mode
 from .reference import focal_dice as loss_reference
 from .reference import linear_focal_dice as reference
@@ -40,6 +40,9 @@ def linear_focal_dice_loss(
     class_reduction: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
     """`focal_dice_loss` of the logits `weight @ features + bias`, of which only a chunk exists at a time.
+
+    On CUDA each pass is one Triton kernel, and no logits exist, up to 128 classes of 32 features or 64 of 64; in
+    float32 up to 32 of 32.
 
     Args:
         features: (N, K, *spatial), floating point; the logits are rounded to its dtype, as a convolution's are.
@@ -201,6 +204,42 @@ def _top_class(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.focuskernels_C.class_argmax(wide)
 
 
+#: Features that fit into the registers of one program, and classes times features, both rounded up to powers of 2.
+MOST_FEATURES = 64
+MOST_WEIGHTS = {torch.bfloat16: 4096, torch.float16: 4096, torch.float32: 1024}
+#: Of a launch.
+MOST_SAMPLES = 65535
+
+
+def why_not(features: Tensor, weight: Tensor) -> str | None:
+    """Why the loss is taken chunk after chunk on CUDA; None if one kernel does all."""
+    most = MOST_WEIGHTS.get(features.dtype)
+    if most is None:
+        return f"no kernel for {features.dtype}"
+    classes, channels = weight.shape
+    if channels > MOST_FEATURES or max(16, _rounded(classes)) * max(16, _rounded(channels)) > most:
+        return f"{classes} classes of {channels} features in {features.dtype}"
+    return None if len(features) <= MOST_SAMPLES else f"{len(features)} samples, at most {MOST_SAMPLES}"
+
+
+def _rounded(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _one_kernel_or_chunks(name: str, chunks: Callable[..., Any]) -> Kernel:
+    """The launcher `name` of kernels/linear_focal_dice.py; handing over is no fallback, so this is one kernel."""
+    fused = triton_kernel("linear_focal_dice", name)
+
+    def run(*args: Any) -> Any:
+        reason = why_not(*args[:2])
+        if reason is None:
+            return fused.run(*args)
+        log.debug("focuskernels.linear_focal_dice_loss: %s in chunks: %s", name, reason)
+        return chunks(*args)
+
+    return Kernel("Triton, in chunks where docs/focal_dice.md says so", run, triton_missing)
+
+
 def _unsupported_by_triton(features: Tensor, *_: Any) -> str | None:
     return None if features.dtype != torch.float64 else "float64 is served by plain PyTorch"
 
@@ -232,7 +271,7 @@ _forward = define(
     reference=_chunked_forward,
     fake=_fake_forward,
     cpu=[Kernel("C++ (csrc), in chunks", _chunked_forward, csrc_missing)],
-    cuda=[Kernel("Triton, in chunks", _chunked_forward, triton_missing)],
+    cuda=[_one_kernel_or_chunks("forward", _chunked_forward)],
 )
 _backward = define(
     f"linear_focal_dice_bwd({_LINEAR}, Tensor target, Tensor grad_sums, {_OPTIONS}, bool features_need_grad)"
@@ -241,7 +280,7 @@ _backward = define(
     reference=_chunked_backward,
     fake=_fake_backward,
     cpu=[Kernel("C++ (csrc), in chunks", _chunked_backward, csrc_missing)],
-    cuda=[Kernel("Triton, in chunks", _chunked_backward, triton_missing)],
+    cuda=[_one_kernel_or_chunks("backward", _chunked_backward)],
 )
 _argmax = define(
     f"linear_argmax({_LINEAR}, bool probability) -> (Tensor labels, Tensor probability)",

@@ -110,6 +110,128 @@ def _load_channels(target, n, classes, voxels, ignore, c, v, inside, IGNORES: tl
 
 
 @triton.jit
+def _load_target(
+    target,
+    class_mask,
+    n,
+    classes,
+    voxels,
+    ignore,
+    c,
+    v,
+    inside,
+    MULTI_HOT: tl.constexpr,
+    MASKED: tl.constexpr,
+    IGNORES: tl.constexpr,
+):
+    """Membership, whether the element counts, the index (of a multi-hot target -1), how many mean nothing."""
+    if MULTI_HOT:
+        own, counted, wrong = _load_channels(target, n, classes, voxels, ignore, c, v, inside, IGNORES)
+        label = tl.full(v.shape, -1, tl.int32)
+    else:
+        label, wrong = _load_labels(target, class_mask, n, classes, voxels, ignore, v, MASKED, IGNORES)
+        own = c[:, None] == label[None, :]
+        counted = inside & (label >= 0)[None, :]
+    return own, counted, label, tl.sum(wrong)
+
+
+@triton.jit
+def _add_tile(found, x, own, counted, gamma, MODE: tl.constexpr, KIND: tl.constexpr, MULTI_HOT: tl.constexpr):
+    """Add a tile of logits to the sums of its elements; `prediction` leaves out the true class."""
+    intersection, prediction, count, focal, focal_outside, counted_sum = found
+    if not MULTI_HOT:
+        x = tl.where(counted, x, float("-inf"))
+    count += own.to(tl.float32)
+    if MODE != SIGMOID:
+        e, inverse, p_true, rest, log_p = _softmax(x, own)
+        intersection += tl.where(own, p_true[None, :], 0.0)
+        prediction += e * inverse[None, :]
+        if MODE == SOFTMAX:
+            whole, _less = _power(rest, gamma, KIND)
+            focal += tl.where(own, (whole * -log_p)[None, :], 0.0)
+    if MODE != SOFTMAX:
+        p, rest, loss = _sigmoid(tl.where(own, x, -x))
+        whole, _less = _power(rest, gamma, KIND)
+        term = tl.where(counted, whole * loss, 0.0)
+        focal += tl.where(own, term, 0.0)
+        focal_outside += tl.where(own, 0.0, term)
+        counted_sum += counted.to(tl.float32)
+        if MODE == SIGMOID:
+            intersection += tl.where(own, p, 0.0)
+            prediction += tl.where(counted & (own == 0), rest, 0.0)
+    return intersection, prediction, count, focal, focal_outside, counted_sum
+
+
+@triton.jit
+def _store_sums(base, classes, c, found, MODE: tl.constexpr):
+    """The rows of the table from the sums of `_add_tile`."""
+    intersection, prediction, count, focal, focal_outside, counted_sum = found
+    inside_classes = c < classes
+    inter = tl.sum(intersection, axis=1)
+    targets = tl.sum(count, axis=1)
+    tl.store(base + c, inter, mask=inside_classes)
+    # The true class was left out above.
+    tl.store(base + classes + c, inter + tl.sum(prediction, axis=1), mask=inside_classes)
+    tl.store(base + 2 * classes + c, targets, mask=inside_classes)
+    tl.store(base + 3 * classes + c, tl.sum(focal, axis=1), mask=inside_classes)
+    if MODE == SOFTMAX:
+        tl.store(base + 4 * classes + c, targets * 0, mask=inside_classes)
+        tl.store(base + 5 * classes + c, targets, mask=inside_classes)
+    else:
+        tl.store(base + 4 * classes + c, tl.sum(focal_outside, axis=1), mask=inside_classes)
+        tl.store(base + 5 * classes + c, tl.sum(counted_sum, axis=1), mask=inside_classes)
+
+
+@triton.jit
+def _gradient(
+    x,
+    own,
+    counted,
+    label,
+    table,
+    classes,
+    c,
+    gamma,
+    MODE: tl.constexpr,
+    KIND: tl.constexpr,
+    MULTI_HOT: tl.constexpr,
+):
+    """The gradient of a tile of logits, given that of a sample's table."""
+    if not MULTI_HOT:
+        x = tl.where(counted, x, float("-inf"))
+    inside_classes = c < classes
+    g_prediction = tl.load(table + classes + c, mask=inside_classes, other=0.0)[:, None]
+    result = tl.zeros(x.shape, tl.float32)
+    if MODE != SIGMOID:
+        e, inverse, p, rest, log_p = _softmax(x, own)
+        valid = label >= 0
+        g_true = tl.load(table + label, mask=valid, other=0.0)
+        g_prediction_true = tl.load(table + classes + label, mask=valid, other=0.0)
+        true = p * g_true
+        if MODE == SOFTMAX:
+            g_focal = tl.load(table + 3 * classes + label, mask=valid, other=0.0)
+            whole, less = _power(rest, gamma, KIND)
+            true += g_focal * (gamma * p * log_p * less - whole)
+        q = e * inverse[None, :]
+        around = tl.sum(q * g_prediction, axis=0)
+        mean = around + p * g_prediction_true + true
+        # p_t (g - mean) + true, rearranged so that nothing cancels as p_t tends to 1.
+        at_true = rest * (p * g_prediction_true + true) - p * around
+        result = tl.where(own, at_true[None, :], q * (g_prediction - mean[None, :]))
+    if MODE != SOFTMAX:
+        p, rest, loss = _sigmoid(tl.where(own, x, -x))
+        whole, _less = _power(rest, gamma, KIND)
+        slope = -whole * (gamma * p * loss + rest)
+        g_focal = tl.load(table + 3 * classes + c, mask=inside_classes, other=0.0)[:, None]
+        g_outside = tl.load(table + 4 * classes + c, mask=inside_classes, other=0.0)[:, None]
+        result += tl.where(own, g_focal * slope, -g_outside * slope)
+        if MODE == SIGMOID:
+            g_inside = tl.load(table + c, mask=inside_classes, other=0.0)[:, None]
+            result += p * rest * (g_prediction + tl.where(own, g_inside, 0.0))
+    return tl.where(counted, result, 0.0)
+
+
+@triton.jit
 def forward_kernel(
     logits,
     target,
@@ -136,59 +258,20 @@ def forward_kernel(
     n = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     kept = _classes_kept(class_mask, n, classes, c, MASKED)
-    intersection = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    prediction = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    count = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    focal = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    focal_outside = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    counted_sum = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    zero = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    found = (zero, zero, zero, zero, zero, zero)
     wrong_sum = tl.zeros((1,), tl.int32)
     for tile in range(TILES):
         v = (program.to(tl.int64) * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         x, _offset, inside = _load_logits(logits, n, classes, voxels, stride_n, stride_c, stride_v, c, v, kept)
-        if MULTI_HOT:
-            own, counted, wrong = _load_channels(target, n, classes, voxels, ignore, c, v, inside, IGNORES)
-            wrong_sum += tl.sum(wrong)
-        else:
-            label, wrong = _load_labels(target, class_mask, n, classes, voxels, ignore, v, MASKED, IGNORES)
-            wrong_sum += tl.sum(wrong)
-            own = c[:, None] == label[None, :]
-            counted = inside & (label >= 0)[None, :]
-            x = tl.where(counted, x, float("-inf"))
-        count += own.to(tl.float32)
-        if MODE != SIGMOID:
-            e, inverse, p_true, rest, log_p = _softmax(x, own)
-            intersection += tl.where(own, p_true[None, :], 0.0)
-            prediction += e * inverse[None, :]
-            if MODE == SOFTMAX:
-                whole, _less = _power(rest, gamma, KIND)
-                focal += tl.where(own, (whole * -log_p)[None, :], 0.0)
-        if MODE != SOFTMAX:
-            p, rest, loss = _sigmoid(tl.where(own, x, -x))
-            whole, _less = _power(rest, gamma, KIND)
-            term = tl.where(counted, whole * loss, 0.0)
-            focal += tl.where(own, term, 0.0)
-            focal_outside += tl.where(own, 0.0, term)
-            counted_sum += counted.to(tl.float32)
-            if MODE == SIGMOID:
-                intersection += tl.where(own, p, 0.0)
-                prediction += tl.where(counted & (own == 0), rest, 0.0)
-    base = sums + ((n * tl.num_programs(0) + program) * 6) * classes + c
-    inside_classes = c < classes
-    inter = tl.sum(intersection, axis=1)
-    targets = tl.sum(count, axis=1)
-    tl.store(base, inter, mask=inside_classes)
-    # The true class was left out above.
-    tl.store(base + classes, inter + tl.sum(prediction, axis=1), mask=inside_classes)
-    tl.store(base + 2 * classes, targets, mask=inside_classes)
-    tl.store(base + 3 * classes, tl.sum(focal, axis=1), mask=inside_classes)
-    if MODE == SOFTMAX:
-        tl.store(base + 4 * classes, targets * 0, mask=inside_classes)
-        tl.store(base + 5 * classes, targets, mask=inside_classes)
-    else:
-        tl.store(base + 4 * classes, tl.sum(focal_outside, axis=1), mask=inside_classes)
-        tl.store(base + 5 * classes, tl.sum(counted_sum, axis=1), mask=inside_classes)
-    tl.store(wrongs + n * tl.num_programs(0) + program + tl.arange(0, 1), wrong_sum)
+        own, counted, _label, wrong = _load_target(
+            target, class_mask, n, classes, voxels, ignore, c, v, inside, MULTI_HOT, MASKED, IGNORES
+        )
+        wrong_sum += wrong
+        found = _add_tile(found, x, own, counted, gamma, MODE, KIND, MULTI_HOT)
+    row = n * tl.num_programs(0) + program
+    _store_sums(sums + row * 6 * classes, classes, c, found, MODE)
+    tl.store(wrongs + row + tl.arange(0, 1), wrong_sum)
 
 
 @triton.jit
@@ -218,44 +301,12 @@ def backward_kernel(
     v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     kept = _classes_kept(class_mask, n, classes, c, MASKED)
     x, offset, inside = _load_logits(logits, n, classes, voxels, stride_n, stride_c, stride_v, c, v, kept)
-    if MULTI_HOT:
-        own, counted, _wrong = _load_channels(target, n, classes, voxels, ignore, c, v, inside, IGNORES)
-    else:
-        label, _wrong = _load_labels(target, class_mask, n, classes, voxels, ignore, v, MASKED, IGNORES)
-        own = c[:, None] == label[None, :]
-        counted = inside & (label >= 0)[None, :]
-        x = tl.where(counted, x, float("-inf"))
+    own, counted, label, _wrong = _load_target(
+        target, class_mask, n, classes, voxels, ignore, c, v, inside, MULTI_HOT, MASKED, IGNORES
+    )
     table = grad_sums + n * 6 * classes
+    result = _gradient(x, own, counted, label, table, classes, c, gamma, MODE, KIND, MULTI_HOT)
     inside_classes = c < classes
-    g_prediction = tl.load(table + classes + c, mask=inside_classes, other=0.0)[:, None]
-    result = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    if MODE != SIGMOID:
-        e, inverse, p, rest, log_p = _softmax(x, own)
-        valid = label >= 0
-        g_true = tl.load(table + label, mask=valid, other=0.0)
-        g_prediction_true = tl.load(table + classes + label, mask=valid, other=0.0)
-        true = p * g_true
-        if MODE == SOFTMAX:
-            g_focal = tl.load(table + 3 * classes + label, mask=valid, other=0.0)
-            whole, less = _power(rest, gamma, KIND)
-            true += g_focal * (gamma * p * log_p * less - whole)
-        q = e * inverse[None, :]
-        around = tl.sum(q * g_prediction, axis=0)
-        mean = around + p * g_prediction_true + true
-        # p_t (g - mean) + true, rearranged so that nothing cancels as p_t tends to 1.
-        at_true = rest * (p * g_prediction_true + true) - p * around
-        result = tl.where(own, at_true[None, :], q * (g_prediction - mean[None, :]))
-    if MODE != SOFTMAX:
-        p, rest, loss = _sigmoid(tl.where(own, x, -x))
-        whole, _less = _power(rest, gamma, KIND)
-        slope = -whole * (gamma * p * loss + rest)
-        g_focal = tl.load(table + 3 * classes + c, mask=inside_classes, other=0.0)[:, None]
-        g_outside = tl.load(table + 4 * classes + c, mask=inside_classes, other=0.0)[:, None]
-        result += tl.where(own, g_focal * slope, -g_outside * slope)
-        if MODE == SIGMOID:
-            g_inside = tl.load(table + c, mask=inside_classes, other=0.0)[:, None]
-            result += p * rest * (g_prediction + tl.where(own, g_inside, 0.0))
-    result = tl.where(counted, result, 0.0)
     tl.store(grad + offset, result.to(grad.dtype.element_ty), mask=inside_classes[:, None] & (v < voxels)[None, :])
 
 
