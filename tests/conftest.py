@@ -1,5 +1,8 @@
 """Set-up of every test: the same random numbers, small thread pools, how many cases hypothesis draws."""
 
+import locale
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -24,3 +27,11 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _locale() -> Iterator[None]:
+    """SimpleITK sets that of the process to "C" when it writes DICOM, after which no text beyond ASCII can be read."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)

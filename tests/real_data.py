@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-REAL = Path(os.environ.get("FOCUSNET_TEST_DATA", "FOCUSNET_TEST_DATA-is-not-set"))
+_FOLDER = os.environ.get("FOCUSNET_TEST_DATA")
+REAL = Path(_FOLDER or "FOCUSNET_TEST_DATA-is-not-set")
 needs_real_data = pytest.mark.skipif(
-    "FOCUSNET_TEST_DATA" not in os.environ, reason="needs real data: set FOCUSNET_TEST_DATA (see tests/real_data.py)"
+    not _FOLDER, reason="needs real data: set FOCUSNET_TEST_DATA (see tests/real_data.py)"
 )
