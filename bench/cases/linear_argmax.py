@@ -57,4 +57,4 @@ def _by_max(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv3d(features, weight[:, :, None, None, None], bias).max(dim=1).indices.to(torch.uint8)
 
 
-OP = Op("linear_argmax", ("linear_argmax",), ("linear_focal_dice",), cases)
+OP = Op("linear_argmax", ("linear_argmax",), ("linear_focal_dice", "focal_dice"), cases)
