@@ -18,11 +18,11 @@ from focusnet.config import ModelConfig
 from focusnet.losses import gaussian_heatmaps
 from focusnet.model import FocusNet
 
-from ..case import Case, Cost, Function, Inputs, Op, compiled, cost_by_mode, eager, memory_format, ours, random
-from ..networks import checkpointed, count_flops, functional, parameters_of
+from ..case import Case, Cost, Function, Inputs, Op, cost_by_mode, memory_format, random
+from ..networks import count_flops, functional, parameters_of
 from . import snet
 from .focal_dice_loss import plain as plain_loss
-from .snet import CHECKED, CLASSES, TINY, Triple
+from .snet import CLASSES, LAYOUT, TINY, Triple, our_loss
 
 SMALL = 3
 SPACING, SIGMA_MM = (2.5, 1.0, 1.0), 5.0
@@ -63,7 +63,7 @@ class Joint(nn.Module):
             centers = [[0, *(c + m for c, m in zip(corner, middle, strict=True))] for corner in corners]
             found = torch.tensor(centers, device=image.device)
             logits = [roi[None] for roi in self.network.segment_rois(range(SMALL), image, snet, heatmaps, found)]
-        loss = (plain_loss if self.plain else _our_loss)(snet.logits, labels, alpha)
+        loss = (plain_loss if self.plain else our_loss)(snet.logits, labels, alpha)
         loss = loss + 2 * (heatmaps.float() - target).square().mean()
         truths = (_cut(labels[:, None] == k + 1, corner, self.roi) for k, corner in enumerate(corners))
         binary = _plain_binary if self.plain else _our_binary
@@ -86,8 +86,6 @@ def cases(device: str, size: str) -> Sequence[Case]:
 
 
 def _case(volume: Triple, roi: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
-    layout, checked = "channels_last_3d", CHECKED["cuda" if amp else "cpu"]
-
     def build(plain: bool = False) -> Joint:
         return Joint(dataclasses.replace(config), roi, plain)
 
@@ -97,7 +95,7 @@ def _case(volume: Triple, roi: Triple, config: ModelConfig, amp: torch.dtype | N
             image = random(generator, 1, 1, *volume, dtype=torch.float32)
             middles = torch.tensor([corners_of(volume, roi)], dtype=torch.float32) + torch.tensor(roi) // 2
             return {
-                "image": image.contiguous(memory_format=memory_format(layout)),
+                "image": image.contiguous(memory_format=memory_format(LAYOUT)),
                 "labels": torch.randint(CLASSES, (1, *volume), generator=generator, device=device),
                 "target": gaussian_heatmaps(middles, volume, SPACING, SIGMA_MM).to(device),
                 "alpha": torch.ones(CLASSES, device=device),
@@ -106,31 +104,18 @@ def _case(volume: Triple, roi: Triple, config: ModelConfig, amp: torch.dtype | N
 
         return make
 
-    plain = _function(to_reference(build(plain=True)), amp)
     weights = 4 * sum(p.numel() for p in build().parameters())
     read = (12 + 4 * SMALL) * math.prod(volume) + weights
     flops = count_flops(to_reference(build().network), 1, 1, *volume)
-    return Case(
-        name=f"{'x'.join(map(str, volume))}, {SMALL} ROIs of {'x'.join(map(str, roi))}, "
-        f"{'autocast to bfloat16' if amp else 'float32'}",
-        make=maker(volume),
-        cost=cost_by_mode(Cost(read, flops), Cost(read + weights, 2 * flops)),
+    return snet.training_step(
+        f"{'x'.join(map(str, volume))}, {SMALL} ROIs of {'x'.join(map(str, roi))},",
+        volume,
+        amp,
+        maker,
+        cost_by_mode(Cost(read, flops), Cost(read + weights, 2 * flops)),
+        fused=_function(build(), amp),
+        plain=_function(to_reference(build(plain=True)), amp),
         oracle=_function(to_reference(build(plain=True)), None),
-        providers=[
-            ours(_function(build(), amp)),
-            eager(plain),
-            eager(checkpointed(plain), "eager, checkpointed", "peer"),
-            # off by 1e-2 in float32
-            dataclasses.replace(compiled(plain), tolerance=2e-2 if amp is None else None),
-        ],
-        shape={"volume": volume, "voxels": math.prod(volume)},
-        dtype=amp or torch.float32,
-        layout=layout,
-        oracle_dtype=torch.float32 if amp else torch.float64,
-        # rectifiers switch and gradients cancel through thirty layers
-        tolerance=5e-3 if amp is None else 1e-1,
-        rounded=plain,
-        make_small=maker(checked) if math.prod(volume) > math.prod(checked) else None,
     )
 
 
@@ -146,10 +131,6 @@ def _function(network: Joint, amp: torch.dtype | None) -> Function:
 def _cut(x: Tensor, corner: Triple, size: Triple) -> Tensor:
     z, y, x_ = (slice(c, c + n) for c, n in zip(corner, size, strict=True))
     return x[:, :, z, y, x_]
-
-
-def _our_loss(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-    return focal_dice_loss(logits, labels, alpha=alpha)
 
 
 def _our_binary(logits: Tensor, truth: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from focuskernels.reference.nn import to_reference
 from focusnet.config import ModelConfig
 from focusnet.model import SNet
 
-from ..case import Case, Cost, Function, Inputs, Op, compiled, cost_by_mode, eager, memory_format, ours, random
+from ..case import Case, Cost, Function, Inputs, Mode, Op, compiled, cost_by_mode, eager, memory_format, ours, random
 from ..networks import Parameters, checkpointed, count_flops, functional, parameters_of
 from .focal_dice_loss import plain as plain_loss
 
 Triple = tuple[int, int, int]
 CLASSES = 10
+LAYOUT = "channels_last_3d"
 TINY = ModelConfig(widths=[[4], [6, 8]], dilated_blocks=1, aspp_growth=4, aspp_bottleneck=8)
 #: Volumes, in the order they are measured.
 SIZES: dict[tuple[str, str], list[Triple]] = {
@@ -41,8 +42,6 @@ def cases(device: str, size: str) -> Sequence[Case]:
 
 
 def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
-    layout, checked = "channels_last_3d", CHECKED["cuda" if amp else "cpu"]
-
     def build() -> SNet:
         return SNet(dataclasses.replace(config), CLASSES)
 
@@ -50,7 +49,7 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
         def make(generator: torch.Generator) -> Inputs:
             device = generator.device
             image = random(generator, 1, 1, *volume, dtype=torch.float32).contiguous(
-                memory_format=memory_format(layout)
+                memory_format=memory_format(LAYOUT)
             )
             return {
                 "image": image,
@@ -61,16 +60,40 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
 
         return make
 
-    plain = _function(to_reference(build()), plain_loss, amp)
     weights = 4 * sum(p.numel() for p in build().parameters())
     read, flops = 12 * math.prod(volume) + weights, count_flops(to_reference(build()), 1, 1, *volume)
-    return Case(
-        name=f"{'x'.join(map(str, volume))} {'autocast to bfloat16' if amp else 'float32'}",
-        make=maker(volume),
-        cost=cost_by_mode(Cost(read, flops), Cost(read + weights, 2 * flops)),
+    return training_step(
+        "x".join(map(str, volume)),
+        volume,
+        amp,
+        maker,
+        cost_by_mode(Cost(read, flops), Cost(read + weights, 2 * flops)),
+        fused=_function(build(), our_loss, amp),
+        plain=_function(to_reference(build()), plain_loss, amp),
         oracle=_function(to_reference(build()), plain_loss, None),
+    )
+
+
+def training_step(
+    name: str,
+    volume: Triple,
+    amp: torch.dtype | None,
+    maker: Callable[[Triple], Callable[[torch.Generator], Inputs]],
+    cost: dict[Mode, Cost],
+    *,
+    fused: Function,
+    plain: Function,
+    oracle: Function,
+) -> Case:
+    """A network with its loss: ours, and the plain layers in eager mode, checkpointed and compiled."""
+    checked = CHECKED["cuda" if amp else "cpu"]
+    return Case(
+        name=f"{name} {'autocast to bfloat16' if amp else 'float32'}",
+        make=maker(volume),
+        cost=cost,
+        oracle=oracle,
         providers=[
-            ours(_function(build(), _our_loss, amp)),
+            ours(fused),
             eager(plain),
             eager(checkpointed(plain), "eager, checkpointed", "peer"),
             # off by 1e-2 in float32
@@ -78,7 +101,7 @@ def _case(volume: Triple, config: ModelConfig, amp: torch.dtype | None) -> Case:
         ],
         shape={"volume": volume, "voxels": math.prod(volume)},
         dtype=amp or torch.float32,
-        layout=layout,
+        layout=LAYOUT,
         oracle_dtype=torch.float32 if amp else torch.float64,
         # rectifiers switch and gradients cancel through thirty layers
         tolerance=5e-3 if amp is None else 1e-1,
@@ -96,7 +119,8 @@ def _function(network: SNet, loss: Function, amp: torch.dtype | None) -> Functio
     return step
 
 
-def _our_loss(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+def our_loss(logits: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+    """Of the logits."""
     return focal_dice_loss(logits, labels, alpha=alpha)
 
 

@@ -6,8 +6,6 @@ that of the memory; reductions keep one accumulator per element of the tile and 
 added in a fixed order, so that results do not depend on scheduling.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -203,7 +201,7 @@ def moments(x: Tensor) -> Tensor:
     programs = triton.cdiv(voxels, block_v * TILES_PER_PROGRAM)
     found = x.new_empty((batch, programs, 2, channels), dtype=torch.float32)
     if x.numel():
-        with _on(x):
+        with torch.cuda.device_of(x):
             moments_kernel[(programs, triton.cdiv(channels, block_c), batch)](
                 x,
                 found,
@@ -222,7 +220,7 @@ def affine(x: Tensor, table: Tensor, residual: Tensor | None, activation: int, s
     out = torch.empty_like(x)
     block_c, block_v = tile(x.shape[1], _channels_last(x))
     if x.numel():
-        with _on(x):
+        with torch.cuda.device_of(x):
             affine_kernel[_grid(x, block_c, block_v)](
                 x,
                 table,
@@ -250,7 +248,7 @@ def affine_sums(
     found = x.new_empty((batch, programs, 2, channels), dtype=torch.float32)
     kept = torch.empty_like(x) if keep else grad.new_empty(0)
     if x.numel():
-        with _on(x):
+        with torch.cuda.device_of(x):
             sums_kernel[(programs, triton.cdiv(channels, block_c), batch)](
                 grad,
                 x,
@@ -277,7 +275,7 @@ def affine_backward(grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, act
     out = torch.empty_like(x)
     block_c, block_v = tile(x.shape[1], _channels_last(x))
     if x.numel():
-        with _on(x):
+        with torch.cuda.device_of(x):
             backward_kernel[_grid(x, block_c, block_v)](
                 grad,
                 x,
@@ -315,7 +313,3 @@ def _sizes(x: Tensor) -> tuple[int, int]:
 
 def _grid(x: Tensor, block_c: int, block_v: int) -> tuple[int, int, int]:
     return triton.cdiv(x.shape[2:].numel(), block_v), triton.cdiv(x.shape[1], block_c), x.shape[0]
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

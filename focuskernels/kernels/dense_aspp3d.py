@@ -5,7 +5,6 @@ backward reads (b + c) V twice, reads and writes c V of the gradient. No normali
 memory. Products: 2 c b V in forward, 3 times that in backward. Sums have a fixed order.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -166,7 +165,7 @@ class Passes(dense_aspp3d.Passes):
         h = _empty_map(buffer, bottleneck)
         tiles = triton.cdiv(size, VOXELS)
         found = table.new_empty((len(buffer), tiles, 2, bottleneck))
-        with _on(buffer):
+        with torch.cuda.device_of(buffer):
             reduce_kernel[(tiles, len(buffer))](
                 buffer,
                 table,
@@ -192,7 +191,7 @@ class Passes(dense_aspp3d.Passes):
         narrow = constants(channels, bottleneck, VOXELS, SUMS_WIDEST)
         found = table.new_empty((len(buffer), programs, 2, channels))
         partial = table.new_empty((len(buffer) * programs, bottleneck, channels))
-        with _on(buffer):
+        with torch.cuda.device_of(buffer):
             sums_kernel[(channels // narrow["BLOCK_C"], programs, len(buffer))](
                 grad,
                 buffer,
@@ -260,7 +259,3 @@ def _matrix(weight: Tensor) -> Tensor:
 def _empty_map(like: Tensor, channels: int) -> Tensor:
     shape = (like.shape[0], channels, *like.shape[2:])
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -6,7 +6,6 @@ and writes O V elements at least; the gradient of the weight reads (I + O) V. Ta
 are skipped. Every element has one writer and every sum a fixed order: results do not depend on scheduling.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -441,7 +440,7 @@ def convolve(
     if tile.tma:
         source = _descriptor(x, [1, 1, tile.bh, tile.bw, tile.bk])
         taps = TensorDescriptor(packed, list(packed.shape), list(packed.stride()), [tile.bn, tile.bk])
-    with _on(x):
+    with torch.cuda.device_of(x):
         conv_kernel[grid](
             source,
             taps,
@@ -500,7 +499,7 @@ def weight_gradient(
     sources: tuple[Tensor | TensorDescriptor, ...] = (x, grad)
     if tile.tma:
         sources = _descriptor(x, [1, 1, 1, tile.bw, tile.bc]), _descriptor(grad, [1, 1, 1, tile.bw, tile.bn])
-    with _on(x):
+    with torch.cuda.device_of(x):
         weight_kernel[grid](
             *sources,
             partial,
@@ -543,7 +542,3 @@ def _descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     last = x.permute(0, 2, 3, 4, 1)
     strides = [s if size > 1 else 16 for size, s in zip(last.shape[:4], last.stride())]
     return TensorDescriptor(last, list(last.shape), [*strides, 1], list(block))
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

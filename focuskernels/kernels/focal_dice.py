@@ -5,8 +5,6 @@ of a few voxels in registers; forward keeps one accumulator per element of its t
 its end. The programs' sums are added in a fixed order, so that results do not depend on scheduling.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -328,7 +326,7 @@ def forward(
     sums = logits.new_empty((batch, programs, ROWS, classes), dtype=torch.float32)
     wrong = logits.new_empty((batch, programs), dtype=torch.int32)
     if programs and batch:
-        with _on(logits):
+        with torch.cuda.device_of(logits):
             forward_kernel[(programs, batch)](
                 *_pointers(logits, target, class_mask),
                 sums,
@@ -389,7 +387,7 @@ def _launch_backward(
     block_c, block_v, warps = tile(classes, mode)
     if logits.numel() == 0:
         return
-    with _on(logits):
+    with torch.cuda.device_of(logits):
         backward_kernel[(triton.cdiv(voxels, block_v), batch)](
             *_pointers(logits, target, class_mask),
             grad_sums,
@@ -421,7 +419,3 @@ def _flags(
         "MASKED": class_mask is not None,
         "IGNORES": ignore_index is not None,
     }
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

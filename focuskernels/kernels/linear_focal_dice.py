@@ -19,7 +19,6 @@ from .focal_dice import (
     _flags,
     _gradient,
     _load_target,
-    _on,
     _pointers,
     _store_sums,
 )
@@ -261,7 +260,7 @@ def forward(
     sums = features.new_empty((batch, programs, ROWS, classes), dtype=torch.float32)
     wrong = features.new_empty((batch, programs), dtype=torch.int32)
     if programs and batch:
-        with _on(features):
+        with torch.cuda.device_of(features):
             forward_kernel[(programs, batch)](
                 *_pointers(features, target, class_mask),
                 weight.contiguous(),
@@ -308,7 +307,7 @@ def backward(
     grad_weight = features.new_empty((batch * programs, classes, channels), dtype=torch.float32)
     grad_bias = features.new_empty((batch * programs, classes), dtype=torch.float32)
     if programs and batch:
-        with _on(features):
+        with torch.cuda.device_of(features):
             backward_kernel[(programs, batch)](
                 *_pointers(features, target, class_mask),
                 weight.contiguous(),
@@ -357,7 +356,7 @@ def argmax(features: Tensor, weight: Tensor, bias: Tensor | None, probability: b
     if labels.numel() == 0:
         return labels, top
     block_c, block_v, warps = argmax_tile(len(weight))
-    with _on(features):
+    with torch.cuda.device_of(features):
         argmax_kernel[(triton.cdiv(voxels, block_v), batch)](
             features,
             weight.contiguous(),

@@ -8,7 +8,6 @@ ROIs of one size are one tensor. Others are tensors of their own, and a table on
 they read.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -280,7 +279,7 @@ def forward(
             for part in parts:
                 part.zero_()
             continue
-        with _on(source):
+        with torch.cuda.device_of(source):
             table, strides = _rois(boxes, i, parts, voxel)
             forward_kernel[triton.cdiv(voxels, BLOCK_V), triton.cdiv(reads, BLOCK_C), len(centers)](
                 source,
@@ -329,7 +328,7 @@ def backward(
         first, reads = first_channels[i], boxes.width(i, result.shape[1])
         parts = [grad[:, first : first + reads] for grad in grads]
         grid = (triton.cdiv(result[0, 0].numel(), BLOCK_V), triton.cdiv(result.shape[1], BLOCK_C), result.shape[0])
-        with _on(result):
+        with torch.cuda.device_of(result):
             table, strides = _rois(boxes, i, parts, voxel)
             backward_kernel[grid](
                 parts[0],
@@ -400,7 +399,3 @@ def _dense_strides(x: Tensor) -> tuple[int, int, int]:
     # The stride of an axis of length 1 says nothing.
     voxel = next((x.stride(d) for d in (4, 3, 2) if x.shape[d] > 1), 1)
     return x.stride(0), x.stride(1), voxel
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
