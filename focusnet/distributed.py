@@ -1,5 +1,6 @@
 """Training by several processes that `torchrun` started, of which one alone speaks and writes."""
 
+import gc
 import os
 import signal
 import warnings
@@ -137,6 +138,7 @@ def joined() -> Iterator[Ranks]:
         if not _is_first(store):
             raise SystemExit(_status(error)) from error
         raise
+    gc.collect()  # DDP lies in a reference cycle, and the group's threads must end before the interpreter does
     dist.destroy_process_group()
 
 

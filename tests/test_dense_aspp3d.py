@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from compare import assert_traceable, gradients
+from processes import in_two_processes, needs_gloo
 from torch import Tensor
 
 from focuskernels import dense_aspp3d
@@ -137,10 +137,8 @@ def test_compiles_as_one_graph(training: bool) -> None:
     assert_traceable(module, torch.randn(2, 4, 2, 3, 4, requires_grad=True), rtol=1e-4, atol=1e-4)
 
 
-def synchronised(rank: int, store: str, folder: str) -> None:
+def synchronised(rank: int, folder: Path) -> None:
     """One of two processes; compares its part with the chain over both parts."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     module, chain = (m.double() for m in pair(4))
     for layer in module.modules():
@@ -156,12 +154,11 @@ def synchronised(rank: int, store: str, folder: str) -> None:
     expected.backward(upstream)
     actual.backward(upstream[mine])
     torch.testing.assert_close(part.grad, x.grad[mine])
-    Path(folder, str(rank)).touch()
-    dist.destroy_process_group()
+    (folder / str(rank)).touch()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_statistics_over_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(synchronised, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    in_two_processes(synchronised, tmp_path, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}

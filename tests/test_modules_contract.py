@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import in_two_processes, needs_gloo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,24 +87,21 @@ def test_functional_call() -> None:
     assert torch.equal(actual, module(*arguments))
 
 
-def distributed(rank: int, store: str, folder: str) -> None:
+def distributed(rank: int, folder: Path) -> None:
     """One of two processes, each with half of the batch; gradients must be those of the whole one."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     x, labels = (t[rank : rank + 1] for t in batch())
     module = network().double()
     parallel = DistributedDataParallel(module)
     for _ in range(2):
         module.zero_grad()
         parallel(x.double(), labels).backward()
-    torch.save([p.grad for p in module.parameters()], Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    torch.save([p.grad for p in module.parameters()], folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_distributed_data_parallel(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(distributed, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    in_two_processes(distributed, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     x, labels = batch()

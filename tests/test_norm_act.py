@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from compare import assert_layouts_agree, assert_traceable
+from processes import in_two_processes, needs_gloo
 from torch import Tensor, nn
 
 from focuskernels import norm_act
@@ -209,10 +210,8 @@ def test_bad_input() -> None:
             norm_act(*arguments, **keywords)  # type: ignore[arg-type]
 
 
-def synchronised(rank: int, store: str, folder: str) -> None:
+def synchronised(rank: int, folder: Path) -> None:
     """One of two processes; compares its part with batch norm over both parts."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     whole, weight, bias = sample((3, 4, 3, 5, 4))
     upstream = torch.randn_like(whole)
@@ -232,14 +231,13 @@ def synchronised(rank: int, store: str, folder: str) -> None:
         dist.all_reduce(ours.grad)
         torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(module.eval()(part), plain.eval()(part).relu())
-    Path(folder, str(rank)).touch()
-    dist.destroy_process_group()
+    (folder / str(rank)).touch()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_statistics_over_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(synchronised, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    in_two_processes(synchronised, tmp_path, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}
 
 

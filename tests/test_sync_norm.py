@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import in_two_processes, needs_gloo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from focuskernels.nn import DenseASPP3d, NormAct3d, SEResBlock3d, convert_sync_norm
 
 
-def synchronised(rank: int, store: str, folder: str) -> None:
+def synchronised(rank: int, folder: Path) -> None:
     """One of two processes, with one of three samples or with the other two."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     network = nn.Sequential(SEResBlock3d(2, 8), DenseASPP3d(8, 4, 4, [(1, 2, 2), 2]), NormAct3d(16)).double()
     whole = copy.deepcopy(network)  # without synchronisation, on all samples
@@ -34,8 +32,7 @@ def synchronised(rank: int, store: str, folder: str) -> None:
         torch.testing.assert_close(2 * ours.grad, theirs.grad)  # DDP averages
     torch.testing.assert_close(network.eval()(part), whole.eval()(part))
     without_samples(rank)
-    Path(folder, str(rank)).touch()
-    dist.destroy_process_group()
+    (folder / str(rank)).touch()
 
 
 def without_samples(rank: int) -> None:
@@ -54,9 +51,9 @@ def without_samples(rank: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_blocks_take_statistics_over_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(synchronised, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    in_two_processes(synchronised, tmp_path, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}
 
 
