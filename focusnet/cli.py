@@ -1,5 +1,6 @@
 """What all commands share: configuration on the command line, one-line errors, exit codes."""
 
+import io
 import os
 import signal
 import sys
@@ -200,6 +201,8 @@ def run(main: Callable[[], int]) -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names may have any bytes
     try:
         status = main()
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .data.headers import is_detached
 from .data.images import Volume
 from .errors import FocusNetError
 from .files import atomic_write
@@ -29,7 +30,6 @@ RECORD = "prediction.json"
 CLAIMS = ".claims"
 ERROR_SUFFIX = ".error.txt"
 WAIT_SECONDS = 0.5
-_DETACHED = (".nhdr", ".mhd")
 
 
 class Cohort:
@@ -85,7 +85,7 @@ class Cohort:
     def failure(self, name: str) -> str:
         """Why a case failed, in this process or another, since this one started; empty if it did not."""
         path = self._out / f"{name}{ERROR_SUFFIX}"
-        return path.read_text(encoding="utf-8").strip() if self.is_new(path) else ""
+        return read_failure(path) if self.is_new(path) else ""
 
     def note_failure(self, name: str, reason: str) -> None:
         """Say in a file beside the cases' folders why this one failed; an empty reason takes that back."""
@@ -94,14 +94,14 @@ class Cohort:
             path.unlink(missing_ok=True)
             return
         with atomic_write(path) as temporary:
-            temporary.write_text(reason + "\n", encoding="utf-8")
+            temporary.write_text(reason + "\n", encoding="utf-8", errors="backslashreplace")
 
     @contextmanager
     def _claim(self, name: str) -> Iterator[bool]:
         if fcntl is None:
             yield True
             return
-        byte = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        byte = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "big")
         claimed = self._lock(byte)
         try:
             yield claimed
@@ -121,6 +121,11 @@ class Cohort:
                     f"{self._out}: its file system has no locks, which several processes need ({error.strerror})"
                 ) from error
         return True
+
+
+def read_failure(path: Path) -> str:
+    """Why a case failed, from the file that says so."""
+    return path.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def make_record(
@@ -156,7 +161,7 @@ def is_complete(
         record = read_json(folder / RECORD)
         whole = all((folder / name).stat().st_size == size for name, size in record["files"].items())
         stamp, digest = record["input"]["stamp"], record["input"]["sha256"]
-    except (FocusNetError, OSError, KeyError, TypeError, AttributeError):
+    except (FocusNetError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return False
     if not whole or record.get("made_with") != made_with:
         return False
@@ -182,7 +187,7 @@ def file_digest(path: Path) -> str:
 
 def _stamp(source: Path) -> str:
     """Names, sizes and times of a CT's files; empty where its voxels lie in a file that only its header names."""
-    if source.name.lower().endswith(_DETACHED):
+    if source.is_file() and is_detached(source):
         return ""
     folder = source if source.is_dir() else source.parent
     files = [source] if source.is_file() else sorted(path for path in folder.iterdir() if path.is_file())

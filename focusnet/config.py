@@ -245,7 +245,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "above 0",
         _each(lambda n: n > 0),
-        "data.spacing data.roi_scale loss.heatmap_sigma_mm train.augment.elastic_grid_mm train.*.lr train.*.decay",
+        "data.spacing data.roi_scale loss.heatmap_sigma_mm train.*.lr train.*.decay",
     ),
     (
         "at least 0",
@@ -258,7 +258,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "at least 1",
         _each(lambda n: n >= 1),
         "model.widths model.downsampling model.aspp_* model.se_reduction model.sos_width train.batch_size "
-        "train.validate_every",
+        "train.validate_every train.augment.elastic_grid_mm",
     ),
     ("at least 2", _each(lambda n: n >= 2), "data.roi_size"),
     (f"at least {LEAST_CROP}", _each(lambda n: n >= LEAST_CROP), "train.crop"),
@@ -270,6 +270,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _each(lambda n: 0 <= n < 1),
         "train.validation train.ema train.augment.zoom train.augment.contrast predict.overlap",
     ),
+    ("below 2^63", _each(lambda n: n < 2**63), "train.seed"),
     ("finite", _each(math.isfinite), "data.hu_range"),
     ("in ascending order", lambda v: all(a < b for a, b in pairwise(v)), "data.hu_range train.*.milestones"),
     ("at most 4 strides", lambda v: len(v) <= 4, "model.downsampling"),

@@ -32,6 +32,8 @@ RANGE_MARGIN, MEAN_MARGIN = 1.25, 2.5
 #: An organ is odd if it is larger than its other side by this factor, less sure than this, or in parts of which the
 #: largest holds less than this.
 SIDES_RATIO, LOW_CONFIDENCE, WHOLE = 2.0, 0.5, 0.95
+#: Volumes are rounded to this.
+LEAST_CM3 = 1e-4
 _SIDES = (("inferior", "superior"), ("anterior", "posterior"), ("right", "left"))  # along z, y, x
 _COLUMNS = (
     "volume_cm3", "training_volume_cm3", "center_mm", "extent_mm", "mean_hu", "confidence", "parts", "largest_part",
@@ -105,7 +107,7 @@ def flags(name: str, table: dict[str, dict[str, Any]], min_peak: float) -> list[
         side = found["center_mm"][0] - table[other]["center_mm"][0]
         if (side < 0) == name.endswith("_L"):
             odd.append(f"on the wrong side of {other}")
-        ratio = found["volume_cm3"] / table[other]["volume_cm3"]
+        ratio = found["volume_cm3"] / max(table[other]["volume_cm3"], LEAST_CM3)
         if ratio > SIDES_RATIO:
             odd.append(f"{ratio:.1f} times the volume of {other}")
     return [flag for flag in odd if flag]
@@ -121,7 +123,7 @@ def write_cohort(out: Path) -> None:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["case", "organ", *(name for column in _COLUMNS for name in _names(column))])
     for file in sorted(out.glob(f"[!.]*/{STATISTICS}")):
-        for organ, measured in read_json(file).items():
+        for organ, measured in read_statistics(file).items():
             cells = (cell for column in _COLUMNS for cell in _cells(column, measured.get(column)))
             writer.writerow([file.parent.name, organ, *cells])
     with atomic_write(out / COHORT) as temporary:
@@ -135,7 +137,7 @@ def read_json(file: Path) -> dict[str, Any]:
         FocusNetError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise FocusNetError(f"cannot read {file}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -143,6 +145,22 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FocusNetError(f"cannot read {file}: it is a list or a value, expected a table")
     return content
+
+
+def read_statistics(file: Path) -> dict[str, dict[str, Any]]:
+    """What was measured of every organ of a case.
+
+    Raises:
+        FocusNetError: as of `read_json`.
+    """
+    table = read_json(file)
+    if not all(isinstance(measured, dict) for measured in table.values()):
+        raise FocusNetError(f"{file} is none that predict wrote: it has values where organs are expected")
+    return table
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _shape(labels: Volume, hu: np.ndarray, value: int, box: tuple[slice, slice, slice] | None) -> dict[str, Any]:

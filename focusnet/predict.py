@@ -177,7 +177,7 @@ def _check_dicom(inputs: dict[str, Path]) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _with_options(config: Config, chosen: dict[str, Any]) -> Config:
@@ -212,12 +212,12 @@ def _predict_all(job: Job, cohort: Cohort, inputs: dict[str, Path], *, keep: boo
         source = inputs[name]
         reason = cohort.failure(name)
         try:
-            if reason:  # for another process, just now
-                pass
-            elif keep and is_complete(job.out / name, job.made_with, source, partial(_content, source, job.outputs)):
-                kept += not cohort.is_new(job.out / name / RECORD)
-            else:
-                predict_case(job, name, source)
+            if not reason:  # of another process, just now
+                read = partial(_content, source, job.outputs)
+                if keep and is_complete(job.out / name, job.made_with, source, read):
+                    kept += not cohort.is_new(job.out / name / RECORD)
+                else:
+                    predict_case(job, name, source)
                 cohort.note_failure(name, "")
         except (FocusNetError, OSError, RuntimeError, ValueError, MemoryError) as error:
             reason = _reason(error)
@@ -233,6 +233,15 @@ def _predict_all(job: Job, cohort: Cohort, inputs: dict[str, Path], *, keep: boo
 def _content(source: Path, outputs: Outputs) -> tuple[Volume, list[str]]:
     image, slices = _read(source, outputs)
     return image, _uids(slices)
+
+
+def _load(checkpoint: Path, device: torch.device, backend: Backend | None) -> tuple[Model, str]:
+    """The model and the digest of its file, which a training may replace at any time."""
+    before = file_digest(checkpoint) if checkpoint.is_file() else ""
+    model, _ = load_checkpoint(checkpoint, device, backend)
+    if file_digest(checkpoint) != before:
+        raise FocusNetError(f"{checkpoint} was replaced while it was read: start again")
+    return model, before
 
 
 def _device_of_rank(name: str) -> torch.device:
@@ -290,12 +299,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parse(parser, argv)
     device = _device_of_rank(arguments.device)
-    model, _ = load_checkpoint(arguments.checkpoint, device, arguments.backend)
+    model, digest = _load(arguments.checkpoint, device, arguments.backend)
     options = {field.name: arguments[field.name] for field in dataclasses.fields(model.config.predict)}
     model = dataclasses.replace(model, config=_with_options(model.config, options))
     model.network.eval()
     outputs = Outputs(arguments.format, arguments.per_organ, arguments.dicom)
-    job = Job(model, arguments.checkpoint, arguments.out, device, outputs, file_digest(arguments.checkpoint))
+    job = Job(model, arguments.checkpoint, arguments.out, device, outputs, digest)
     inputs, empty = find_inputs(arguments.input)
     if arguments.dicom:
         _check_dicom(inputs)

@@ -18,16 +18,17 @@ from rich.progress import track
 
 from . import measures
 from .cli import command_parser, parse, run
-from .cohort import ERROR_SUFFIX, RECORD
+from .cohort import ERROR_SUFFIX, RECORD, read_failure
 from .data.organs import organ_color
 from .errors import FocusNetError
 from .evaluate import OrganScore, Stat, evaluate
 from .files import atomic_write
-from .measures import STATISTICS, read_json
+from .measures import STATISTICS, read_json, read_statistics
 
 Pictures = Literal["all", "flagged", "none"]
 _TEMPLATE = Path(__file__).with_name("report.html")
 _WEBP_QUALITY = 80
+_IN_RECORD = {"made_with", "input", "shape", "spacing_mm", "device"}
 
 
 @dataclass
@@ -118,13 +119,12 @@ def make_report(predictions: Path, truth: Path | None = None, *, pictures: Pictu
 
 
 def _read_case(folder: Path, scores: Mapping[tuple[str, str], OrganScore]) -> CaseView:
-    table = read_json(folder / STATISTICS)
-    if not all(isinstance(measured, dict) for measured in table.values()):
-        raise FocusNetError(
-            f"{folder / STATISTICS} is none that predict wrote: it has values where organs are expected"
-        )
+    table = read_statistics(folder / STATISTICS)
     rows = [Row(organ, measured, scores.get((folder.name, organ))) for organ, measured in table.items()]
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    absent = _IN_RECORD - record.keys() if record else ()
+    if absent:
+        raise FocusNetError(f"{folder / RECORD} is none that predict wrote: it has no {min(absent)}")
     return CaseView(folder.name, rows, record)
 
 
@@ -138,14 +138,15 @@ def _picture(path: Path) -> str:
     try:
         with Image.open(path) as picture:
             picture.convert("RGB").save(stream, "WEBP", quality=_WEBP_QUALITY)
-    except OSError as error:
-        raise FocusNetError(f"cannot read {path}: {error.strerror or 'it is no picture, or damaged'}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        cause = error.strerror if isinstance(error, OSError) else None
+        raise FocusNetError(f"cannot read {path}: {cause or 'it is no picture, or damaged'}") from error
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _failures(predictions: Path) -> dict[str, str]:
     files = sorted(predictions.glob(f"[!.]*{ERROR_SUFFIX}"))
-    return {file.name.removesuffix(ERROR_SUFFIX): file.read_text(encoding="utf-8").strip() for file in files}
+    return {file.name.removesuffix(ERROR_SUFFIX): read_failure(file) for file in files}
 
 
 def _settings(cases: Sequence[CaseView]) -> list[dict[str, Any]]:
@@ -330,8 +331,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     page = make_report(arguments.predictions, arguments.truth, pictures=arguments.pictures)
     with atomic_write(arguments.out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    print(f"written: {arguments.out}, {len(page.encode()) / 1e6:.1f} MB")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    print(f"written: {arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -146,7 +146,9 @@ def test_unknown_setting_of_a_checkpoint() -> None:
         ("train.validation", "1"),
         ("train.validate_every", "0"),
         ("train.seed", "-1"),
+        ("train.seed", "9223372036854775808"),
         ("train.augment.zoom", "[0,1,0]"),
+        ("train.augment.elastic_grid_mm", "0.001"),
         ("train.snet.epochs", "-1"),
         ("train.sol.lr", "0"),
         ("train.sos.milestones", "[0.5,0.2]"),
@@ -267,6 +269,12 @@ def test_the_operating_systems_errors_are_one_line(error: Exception, line: str, 
         run(fail)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == line
+
+
+def test_any_file_name_is_printed() -> None:
+    code = "from focusnet.cli import run; run(lambda: print('M\\udcfcller') or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("M\\udcfcller\n", "")
 
 
 def test_a_closed_pipe_is_silent() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from focusnet import cohort, predict
-from focusnet.checkpoint import Model, build_network, save_checkpoint
+from focusnet import cohort, predict, report
+from focusnet.checkpoint import Model, build_network, load_checkpoint, save_checkpoint
 from focusnet.cohort import CLAIMS, RECORD, Cohort
 from focusnet.data.images import Grid, Volume, read_image, read_labels, write_image
 from focusnet.errors import FocusNetError
@@ -144,7 +144,8 @@ def test_the_same_voxels_are_the_same_ct(small: Path, monkeypatch) -> None:
     assert goes_on(small) == 0 and predicted.take() == ["case_0"]
 
 
-def test_voxels_in_a_file_of_their_own_are_looked_at(small: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("suffix", [".nhdr", ".nrrd"])
+def test_voxels_in_a_file_of_their_own_are_looked_at(small: Path, monkeypatch, suffix: str) -> None:
     predicted, image = Predicted(monkeypatch), small / "data" / "case_0" / "img.nrrd"
     volume = read_image(image)
     image.unlink()
@@ -153,7 +154,7 @@ def test_voxels_in_a_file_of_their_own_are_looked_at(small: Path, monkeypatch) -
     )
     z, y, x = volume.grid.spacing
     header += f"space directions: ({x},0,0) (0,{y},0) (0,0,{z})\nspace origin: {volume.grid.origin}\n"
-    (image.with_suffix(".nhdr")).write_text(header + "encoding: raw\nendian: little\ndata file: voxels.raw\n")
+    (image.with_suffix(suffix)).write_text(header + "encoding: raw\nendian: little\ndata file: voxels.raw\n")
     voxels = image.with_name("voxels.raw")
     volume.array.astype("<i2").tofile(voxels)
     assert goes_on(small) == 0 and predicted.take() == []
@@ -204,6 +205,40 @@ def test_a_failure_is_written_beside_the_cases_until_it_succeeds(small: Path, ca
     os.utime(image, (1, 1))
     (small / "out" / "case_0" / "qc.png").unlink()
     assert goes_on(small) == 0 and not error.exists()
+
+
+def test_what_was_killed_before_it_took_its_failure_back(small: Path, monkeypatch) -> None:
+    predicted, error = Predicted(monkeypatch), small / "out" / "case_0.error.txt"
+    error.write_text("no memory\n")
+    os.utime(error, (1, 1))
+    assert goes_on(small) == 0 and predicted.take() == [] and not error.exists()
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(small: Path, monkeypatch) -> None:
+    def load(path: Path, *arguments: object):
+        loaded = load_checkpoint(path, *arguments)
+        path.write_bytes(b"what training wrote")
+        return loaded
+
+    monkeypatch.setattr(predict, "load_checkpoint", load)
+    with pytest.raises(FocusNetError, match=r"model.pt was replaced while it was read: start again$"):
+        goes_on(small)
+
+
+def test_names_that_are_no_utf8(small: Path) -> None:
+    """In a process of its own: ITK's bindings end it at such a name."""
+    odd = os.fsencode(small / "data") + b"/M\xfcller"
+    try:
+        os.rename(small / "data" / "case_0", odd)
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    command = [sys.executable, "-m", "focusnet.predict", *arguments(small, small / "out", "--continue")]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "segmented 0 of 2 CTs" in done.stdout
+    line = rf"error: M\udcfcller: cannot open {small}/data/M\udcfcller/img.nrrd: its name is not in UTF-8; rename it"
+    assert done.stderr.splitlines()[-1] == line
+    assert "its name is not in UTF-8" in report.make_report(small / "out", pictures="none")
 
 
 def test_another_process_failure_is_not_repeated(small: Path, monkeypatch, capsys) -> None:

@@ -82,6 +82,20 @@ def test_what_is_odd_is_flagged() -> None:
     assert flags("Larynx", table, 0.2) == ["cut off by the image: inferior, left"]
 
 
+def test_a_voxel_whose_volume_rounds_to_nothing() -> None:
+    table = measured(MIRRORED)
+    table["Eye_L"]["volume_cm3"] = 0.0
+    assert any(flag.endswith("times the volume of Eye_L") for flag in flags("Eye_R", table, 0.2))
+
+
+def test_statistics_of_another_program(tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    for content, problem in (('{"mean": 3}', "none that predict wrote"), ('{"Lens_L": {"parts": NaN}}', "no JSON")):
+        (tmp_path / "case" / "statistics.json").write_text(content)
+        with pytest.raises(FocusNetError, match=f"case/statistics.json.*{problem}"):
+            write_cohort(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("volume_range", "limits", "known"),
     [((200.0, 900.0), (0.16, 1.125), "0.2 to 0.9 cm3 in training"), (None, (0.16, 1.0), "on average 0.4 in training")],

@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import struct
+import zlib
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -167,6 +169,11 @@ def test_predictions_of_earlier_versions(cohort: Path, tmp_path: Path) -> None:
     assert "unknown: predicted by an earlier version" in page.texts["dd"] and "20.0" in page.texts["td"]
 
 
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def test_the_command(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "report.html"
     assert report.main([str(cohort / "out"), "--truth", str(cohort / "data"), "--out", str(out)]) == 0
@@ -177,6 +184,14 @@ def test_the_command(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     shutil.copytree(cohort / "out", tmp_path / "damaged")
     (tmp_path / "damaged" / "case_0" / "qc.png").write_bytes(b"\x89PNG")
     with pytest.raises(FocusNetError, match=r"^cannot read .*case_0/qc.png: it is no picture, or damaged$"):
+        report.main([str(tmp_path / "damaged"), "--out", str(out)])
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"".join(_chunk(*c) for c in ((b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")))
+    (tmp_path / "damaged" / "case_0" / "qc.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb)
+    with pytest.raises(FocusNetError, match=r"^cannot read .*case_0/qc.png: it is no picture, or damaged$"):
+        report.main([str(tmp_path / "damaged"), "--out", str(out)])
+    (tmp_path / "damaged" / "case_0" / "prediction.json").write_text('{"input": {}}')
+    with pytest.raises(FocusNetError, match=r"case_0/prediction.json is none that predict wrote: it has no device$"):
         report.main([str(tmp_path / "damaged"), "--out", str(out)])
     (tmp_path / "damaged" / "case_0" / "statistics.json").write_text('{"Brainstem": 1}')
     with pytest.raises(FocusNetError, match=r"case_0/statistics.json is none that predict wrote"):

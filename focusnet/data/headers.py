@@ -5,7 +5,9 @@ its buffers on overlong lines of a NRRD and odd file names in a MetaImage.
 """
 
 import gzip
+import itertools
 import math
+import re
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _DEFLATE = 1032  # no deflated stream is more than this many times shorter than what it holds
 _NRRD_LINE = 1000
+_HEAD = 1 << 16
 _MHA_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4,
               "LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}  # fmt: skip
 
@@ -77,17 +80,43 @@ def _check_stated_size(reader: "sitk.ImageFileReader", path: Path, held: int) ->
         )
 
 
+def is_detached(path: Path) -> bool:
+    """Whether the voxels of an image file that can be read lie in another one, which its header names."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if path.name.lower().endswith((".mha", ".mhd")):
+        return not re.search(rb"^ElementDataFile\s*=\s*LOCAL", head, re.MULTILINE)
+    lines = head.splitlines() if head.startswith(b"NRRD") else []
+    header = itertools.takewhile(bool, lines)
+    return any(line.partition(b":")[0].replace(b" ", b"") == b"datafile" for line in header)
+
+
+def itk_name(path: Path) -> str:
+    """`path` for ITK, whose bindings end the process at one that is no UTF-8.
+
+    Raises:
+        FocusNetError: it is none.
+    """
+    name = str(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        shown = name.encode(errors="backslashreplace").decode()
+        raise FocusNetError(f"cannot open {shown}: its name is not in UTF-8; rename it") from error
+    return name
+
+
 def read_header(path: Path, held: int) -> "sitk.ImageFileReader":
     """A reader that has read the header, which states no more than the `held` bytes of its voxels' file can hold.
 
     Raises:
-        FocusNetError: it states more.
+        FocusNetError: it states more, or its name is not in UTF-8.
         RuntimeError: ITK cannot read it.
     """
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(itk_name(path))
     reader.ReadImageInformation()
     _check_stated_size(reader, path, held)
     return reader

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import FocusNetError
 from ..files import atomic_write
-from .headers import check_header, read_header
+from .headers import check_header, itk_name, read_header
 from .organs import organ_color
 from .series import is_series, series_slices
 
@@ -198,7 +198,7 @@ def _write(path: Path, array: np.ndarray, grid: Grid, fields: Mapping[str, str] 
         image.SetMetaData(name, text)
     with atomic_write(path) as temporary, _quiet():
         try:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
+            sitk.WriteImage(image, itk_name(temporary), useCompression=True)
         except RuntimeError as error:
             raise FocusNetError(f"cannot write {path}: {_reason(error)}") from error
         try:

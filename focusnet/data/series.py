@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FocusNetError
-from .headers import read_header
+from .headers import itk_name, read_header
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 # the class of a CT slice, in the file's meta information, or in the data set where there is none
@@ -64,8 +64,8 @@ def series_slices(path: Path) -> list[str]:
 def _all_series(folder: Path) -> dict[str, tuple[str, ...]]:
     import SimpleITK as sitk
 
-    reader = sitk.ImageSeriesReader
-    return {uid: reader.GetGDCMSeriesFileNames(str(folder), uid) for uid in reader.GetGDCMSeriesIDs(str(folder))}
+    reader, name = sitk.ImageSeriesReader, itk_name(folder)
+    return {uid: reader.GetGDCMSeriesFileNames(name, uid) for uid in reader.GetGDCMSeriesIDs(name)}
 
 
 def _is_ct_slice(path: Path) -> bool:
