@@ -216,6 +216,15 @@ def test_options_of_prediction(checkpoint, tmp_path, capsys) -> None:
         run(checkpoint, image, tmp_path / "out", "--overlap", "1")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", ".."])
+def test_no_checkpoint_names_a_file_elsewhere(checkpoint, tmp_path, name) -> None:
+    state = torch.load(checkpoint)
+    state["plan"]["organs"][0]["name"] = name
+    torch.save(state, tmp_path / "hostile.pt")
+    with pytest.raises(FocusNetError, match=f"hostile.pt: damaged checkpoint: the name '{name}'$"):
+        run(tmp_path / "hostile.pt", tmp_path, tmp_path / "out", "--per_organ")
+
+
 def test_wrong_inputs_are_named(checkpoint, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(FocusNetError, match="notes.txt"):

@@ -115,7 +115,7 @@ class Plan:
 def case_record(content: dict[str, Any]) -> CaseRecord:
     """A case's record from plain containers; other entries, as older checkpoints have them, are passed over."""
     return CaseRecord(
-        name=str(content["name"]),
+        name=_file_name(content["name"]),
         shape=_ints(content["shape"]),
         organs=[str(name) for name in content["organs"]],
         centers={str(name): _floats(center) for name, center in content["centers"].items()},
@@ -128,7 +128,7 @@ def _organ(content: dict[str, Any]) -> OrganPlan:
         raise ValueError(f"an ROI of {roi_size} voxels")
     volume_range = content.get("volume_range_mm3")
     return OrganPlan(
-        name=str(content["name"]),
+        name=_file_name(content["name"]),
         cases=int(content["cases"]),
         volume_mm3=float(content["volume_mm3"]),
         voxels=float(content["voxels"]),
@@ -139,6 +139,14 @@ def _organ(content: dict[str, Any]) -> OrganPlan:
         alpha=float(content["alpha"]),
         volume_range_mm3=None if volume_range is None else _pair(volume_range),
     )
+
+
+def _file_name(value: Any) -> str:
+    """The name of a case or organ, of which files are named."""
+    name = str(value)
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"the name {name!r}")
+    return name
 
 
 def _pair(values: Any) -> tuple[float, float]:
