@@ -3,24 +3,28 @@
 import csv
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from focusnet import train
+from focusnet import predict, train
 from focusnet.checkpoint import load_checkpoint
 from focusnet.config import Config, DataConfig, total_stride
 from focusnet.data.cases import find_cases
-from focusnet.data.images import read_labels
+from focusnet.data.images import read_labels, write_labels
 from focusnet.errors import FocusNetError
 from focusnet.plan import assumed_plan, train_estimate
+from focusnet.study import atlas, runner
 from focusnet.study.atlas import vote
-from focusnet.study.command import choose_rows, main, scale_epochs
+from focusnet.study.command import _test_cases, choose_rows, main, scale_epochs
 from focusnet.study.rows import PDDCA_TEST, TABLES, parameters
 from focusnet.study.split import choose_test_cases, link_split
+from tests.test_cohort import no_picture
 from tests.tiny import ORGANS, tiny_config, write_case, write_data
 
 ROI = (8, 64, 64)
@@ -102,6 +106,8 @@ def test_as_long_as_focusnet_takes_as_many_epochs() -> None:
     assert _configured("S-Net, as long as FocusNet").train.snet.epochs == sum(stages)
     scale_epochs(base, 0.1)
     assert [getattr(base.train, stage).epochs for stage in ("snet", "sol", "sos", "joint")] == [60, 30, 30, 10]
+    scale_epochs(base, 1.1)  # of which 10 times is a little above 11
+    assert [getattr(base.train, stage).epochs for stage in ("snet", "sol", "sos", "joint")] == [66, 33, 33, 11]
 
 
 def test_pddca_split(tmp_path) -> None:
@@ -118,6 +124,9 @@ def test_pddca_split(tmp_path) -> None:
     assert choose_test_cases(cases, PDDCA_TEST, 0.25, 0) == list(PDDCA_TEST)
     trains, tests = link_split(tmp_path / "pddca", PDDCA_TEST, tmp_path / "out")
     assert len(os.listdir(trains)) == 38 and sorted(os.listdir(tests)) == sorted(PDDCA_TEST)
+    made = [path.lstat().st_ino for path in sorted(trains.iterdir())]
+    link_split(tmp_path / "pddca", PDDCA_TEST, tmp_path / "out")  # another study may be reading them
+    assert made == [path.lstat().st_ino for path in sorted(trains.iterdir())]
     link_split(tmp_path / "pddca", PDDCA_TEST[:3], tmp_path / "out")
     assert sorted(os.listdir(tests)) == sorted(PDDCA_TEST[:3])
     assert (tmp_path / "pddca" / PDDCA_TEST[0] / "structures" / "Chiasm.nrrd").exists()
@@ -177,6 +186,7 @@ def study(tmp_path_factory):
         assert main([table, str(root / "data"), *fixed, "--device", "cpu", "--test", "case_0", *options]) == 0
         return root / "out"
 
+    run.data = root / "data"
     return run
 
 
@@ -224,6 +234,72 @@ def test_another_study_in_the_same_folder_is_refused(study) -> None:
         study("table2", "--rows", "s-net", "--loss.gamma", "1.0")
 
 
+def test_test_cases_may_change_between_commands(study, tmp_path, monkeypatch) -> None:
+    predicted, work, tests = [], predict.predict_case, tmp_path / "tests"
+
+    def note(job: predict.Job, name: str, path: Path) -> None:
+        predicted.append(name)
+        work(job, name, path)
+
+    monkeypatch.setattr(predict, "predict_case", note)
+    monkeypatch.setattr(predict, "draw_qc", no_picture)
+    for seed, name in enumerate("xyz"):
+        write_case(tests / name, seed)
+
+    def run() -> tuple[list[str], dict[str, str]]:
+        predicted.clear()
+        study("table2", "--rows", "s-net", "--out", str(tmp_path / "out"), "--test", str(tests))
+        lines = csv.DictReader((tmp_path / "out" / "table2.csv").open())
+        return predicted.copy(), next(r for r in lines if (r["metric"], r["organ"]) == ("dsc", "Brainstem"))
+
+    first, scored = run()
+    assert first == ["x", "y", "z"] and scored["n"] == "3"
+    row = tmp_path / "out" / "seed_0" / "s-net" / "row.json"
+    row.unlink()
+    shutil.rmtree(row.parent / "predictions" / "y")
+    assert run() == (["y"], scored)  # one that was interrupted
+    assert run() == ([], scored)
+    contour = tests / "x" / "structures" / "Brainstem.nrrd"
+    write_labels(contour, np.ones_like(read_labels(contour).array), read_labels(contour).grid)
+    again, changed = run()
+    assert again == [] and changed["mean"] != scored["mean"]  # other contours
+    shutil.rmtree(tests / "z")
+    assert run()[1]["n"] == "2"
+
+
+def test_test_cases_are_checked_before_anything_is_trained(study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "start_training", lambda *arguments, **options: pytest.fail("trains"))
+
+    def refused(**options) -> None:
+        with pytest.raises(FocusNetError, **options):
+            study("table2", "--rows", "s-net", "--out", str(tmp_path / "out"), "--test", str(tmp_path / "tests"))
+
+    write_case(tmp_path / "tests" / "x", 0)
+    (tmp_path / "tests" / "y").symlink_to(study.data / "case_1", target_is_directory=True)
+    refused(match=r"^y in .*tests: also among the training cases in ")
+    (tmp_path / "tests" / "y").unlink()
+    shutil.copytree(tmp_path / "tests" / "x", tmp_path / "tests" / "z")
+    (tmp_path / "tests" / "z" / "img.nrrd").unlink()
+    refused(match=r"^test cases in .*tests have no CT, or several: z$")
+    shutil.rmtree(tmp_path / "tests" / "z")
+    (tmp_path / "tests" / "x" / "structures" / "Nose.nrrd").touch()
+    refused(match=r"^test case x: unknown organ name 'Nose'")
+
+
+def test_a_test_case_is_no_folder_of_that_name(study, monkeypatch) -> None:
+    monkeypatch.chdir(study.data)
+    assert _test_cases(study.data, ["case_0"], None, 0) == ["case_0"]
+    assert _test_cases(study.data, ["./case_0"], None, 0) == Path("case_0")
+
+
+def test_without_small_organs_focusnet_is_snet(study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(predict, "draw_qc", no_picture)
+    study("table2", "--rows", "s-net", "focusnet", "--out", str(tmp_path), "--data.small_organs", "[]")
+    content = list(csv.DictReader((tmp_path / "table2.csv").open()))
+    means = [r["mean"] for r in content if (r["metric"], r["organ"]) == ("hd95", "mean of all")]
+    assert len(means) == 2 and means[0] == means[1] != ""
+
+
 @pytest.mark.parametrize("table", [pytest.param("table1"), pytest.param("table2", marks=pytest.mark.nightly), "table3"])
 def test_every_row_of_every_table(study, table: str) -> None:
     rows = [row for row in TABLES[table] if not row.atlas]
@@ -238,6 +314,28 @@ def test_atlas_without_ants_is_one_line(study, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ants", None)
     with pytest.raises(FocusNetError, match=r"pip install 'focuskernels\[atlas\]'"):
         study("table1", "--rows", "atlas")
+
+
+def test_an_atlas_row_of_other_atlases_is_registered_anew(study, tmp_path, monkeypatch) -> None:
+    registered = []
+
+    def transferred(ants, fixed, case, *arguments):
+        registered.append(case.name)
+        return np.zeros(fixed, np.uint8)
+
+    monkeypatch.setattr(atlas, "_ants", lambda: None)
+    monkeypatch.setattr(atlas, "_image", lambda ants, array, plan: array.shape)
+    monkeypatch.setattr(atlas, "_transferred", transferred)
+
+    def run(*options: str) -> int:
+        registered.clear()
+        study("table1", "--rows", "atlas", "--out", str(tmp_path), "--atlases", "2", *options)
+        return len(registered)
+
+    assert run() == 2 and run() == 0
+    (tmp_path / "seed_0" / "atlas" / "row.json").unlink()
+    assert run() == 0
+    assert run("--data.hu_range", "[-1000,1000]") == 2
 
 
 def test_atlas(study, tmp_path) -> None:

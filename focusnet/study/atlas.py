@@ -5,6 +5,7 @@ SyN of ANTs (Avants et al., Medical Image Analysis 2008). Everything happens on 
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from ..cohort import RECORD, is_complete, make_record
 from ..config import Config
 from ..data.cases import find_cases
 from ..data.crops import label_values, load_case
-from ..data.images import read_image, write_labels
+from ..data.images import Volume, read_image, write_labels
 from ..data.plan import CaseRecord, Plan
 from ..data.preprocess import prepare_image, restore_labels
 from ..errors import FocusNetError
@@ -28,7 +30,8 @@ ENOUGH_VOTES = 0.5
 def segment_by_atlases(
     plan: Plan, cache: Path, test: Path, out: Path, config: Config, *, count: int, seed: int
 ) -> None:
-    """Segment every test case by `count` atlases, into `out`/CASE/labels.nii.gz; cases that are there stay.
+    """Segment every test case by `count` atlases, into `out`/CASE/labels.nii.gz; what is there of the same CT by the
+    same atlases stays.
 
     Args:
         plan: Of the training cases.
@@ -40,16 +43,18 @@ def segment_by_atlases(
         seed: Of the draw and of the registration.
 
     Raises:
-        FocusNetError: the extra `atlas` is not installed.
+        FocusNetError: the extra `atlas` is not installed, or a case has no CT.
     """
     ants = _ants()
     atlases = _choose(plan, count, seed)
     names = dict(enumerate(plan.organ_names, start=1))
-    cases = [case for case in find_cases(test) if not (out / case.name / "labels.nii.gz").exists()]
-    for case in track(cases, "registering", console=Console(stderr=True), transient=True):
+    made_with = {"plan": plan.fingerprint, "atlases": count, "seed": seed}
+    for case in track(find_cases(test), "registering", console=Console(stderr=True), transient=True):
         if case.image is None:
             raise FocusNetError(f"{case.name} has no CT")
         image = read_image(case.image)
+        if is_complete(out / case.name, made_with, case.image, partial(_content, image)):
+            continue
         prepared = prepare_image(image, config.data)
         fixed = _image(ants, prepared.array, plan)
         found = [_transferred(ants, fixed, atlas, plan, cache, seed) for atlas in atlases]
@@ -58,6 +63,12 @@ def segment_by_atlases(
             restored = restore_labels(labels, prepared.grid, image.grid)
             write_labels(folder / "labels.nii.gz", restored, image.grid)
             (folder / "labels.json").write_text(json.dumps(names), encoding="utf-8")
+            record = make_record(folder, made_with, case.image, image, [])
+            (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _content(image: Volume) -> tuple[Volume, list[str]]:
+    return image, []
 
 
 def vote(labels: list[np.ndarray], contoured: list[list[bool]]) -> np.ndarray:

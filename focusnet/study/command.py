@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     device = pick_device(arguments.device)
     base, table = config_of(arguments), TABLES[arguments.table]
+    if not math.isfinite(arguments.budget):
+        raise FocusNetError(f"--budget {arguments.budget}: expected a number")
     scale_epochs(base, arguments.budget)
     check_stages(base.train)
     rows = choose_rows(table, arguments.rows)
@@ -116,15 +118,19 @@ def scale_epochs(config: Config, factor: float) -> None:
     """Multiply the epochs of every stage, rounded up; 0 stays 0."""
     for name in STAGES:
         stage = getattr(config.train, name)
-        stage.epochs = math.ceil(stage.epochs * factor)
+        # 1.1 * 100 is a little above 110
+        stage.epochs = math.ceil(round(stage.epochs * factor, 6))
 
 
 def _test_cases(data: Path, named: list[str] | None, split: str | None, seed: int) -> list[str] | Path:
     if named is not None and split is not None:
         raise FocusNetError("give --test or --split, not both")
-    if named is not None and len(named) == 1 and Path(named[0]).is_dir():
-        return Path(named[0])
-    return choose_test_cases(find_cases(data), PDDCA_TEST if split else named, TEST_SHARE, seed)
+    cases = find_cases(data)
+    if named is not None and len(named) == 1 and named[0] not in {case.name for case in cases}:
+        folder = Path(named[0])
+        if folder.is_dir():
+            return folder
+    return choose_test_cases(cases, PDDCA_TEST if split else named, TEST_SHARE, seed)
 
 
 def _notes(table: str, rows: Sequence[Row], base: Config) -> list[str]:

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from rich.rule import Rule
 from .. import predict
 from ..checkpoint import Model, build_network, load_checkpoint, save_checkpoint
 from ..cli import console
+from ..cohort import file_digest
 from ..config import Config
-from ..data.cache import cache_folder
-from ..data.cases import find_cases
+from ..data.cache import cache_folder, digest_of, source_of
+from ..data.cases import Case, find_cases
+from ..data.inputs import find_inputs
 from ..data.plan import Plan
 from ..errors import FocusNetError
 from ..evaluate import OrganScore, evaluate, write_results
@@ -75,7 +77,10 @@ class Study:
         # the same in all rows and with all seeds
         _, held_out = split_cases(self.plan, base)
         self.base.train.validation_cases = [case.name for case in held_out]
-        self.test_cases = [case.name for case in find_cases(test)]
+        cases = find_cases(test)
+        self.organs = _scored_organs(test, cases, self.plan)
+        self.test_cases = [case.name for case in cases]
+        self._tested = {case.name: digest_of(source_of(case)) for case in cases}
         self.console: Console = console()
 
     def run(self, row: Row, others: Sequence[Row], seed: int) -> RowResult:
@@ -97,16 +102,17 @@ class Study:
             facts: dict[str, float | None] = {}
         else:
             self._train(row, others, seed)
-            made_of = {"checkpoint": (folder / "best.pt").stat().st_mtime_ns}
+            made_of = {"checkpoint": file_digest(folder / "best.pt")}
             facts = _facts(folder)
-        made_of["test_cases"] = self.test_cases
-        if not _is_scored(folder, made_of):
+        made_of["test_cases"] = self._tested
+        scores = _stored_scores(folder, made_of)
+        if scores is None:
             self._predict(row, folder, seed)
-            self._score(folder, self._predictions(row, folder))
+            scores = self._score(folder, self._predictions(row, folder))
+            content = {"row": row.name, "seed": seed, "made_of": made_of, **facts, "scores": list(map(asdict, scores))}
             with atomic_write(folder / "row.json") as temporary:
-                content = {"row": row.name, "seed": seed, "made_of": made_of, **facts}
                 temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        return RowResult(_read_scores(folder), facts)
+        return RowResult(scores, facts)
 
     def config(self, row: Row, seed: int) -> Config:
         """The configuration of a row."""
@@ -148,14 +154,15 @@ class Study:
 
     def _go_on_from(self, parent: Path, folder: Path, config: Config) -> None:
         """Let a run begin where S-Net's ended: what it would have come to itself, with the same seed and crops."""
-        trained, training = load_checkpoint(parent / "last.pt", torch.device("cpu"))
         plan = self._plan_of(config)
-        torch.manual_seed(config.train.seed)
-        network = build_network(config, plan)
-        network.snet.load_state_dict(trained.network.snet.state_dict())
-        if "weights" in training:  # of which the checkpoint's own are the average
-            training["weights"] = network.state_dict()
-        save_checkpoint(folder / "last.pt", Model(network, config, plan, trained.parts), training)
+        for name in ("best.pt", "last.pt"):  # the one by which a run is known comes last
+            trained, training = load_checkpoint(parent / name, torch.device("cpu"))
+            torch.manual_seed(config.train.seed)
+            network = build_network(config, plan)
+            network.snet.load_state_dict(trained.network.snet.state_dict())
+            if "weights" in training:  # of which the checkpoint's own are the average
+                training["weights"] = network.state_dict()
+            save_checkpoint(folder / name, Model(network, config, plan, trained.parts), training)
 
     def _predictions(self, row: Row, folder: Path) -> Path:
         return folder / (f"predictions_of_{self.atlases}" if row.atlas else "predictions")
@@ -167,28 +174,42 @@ class Study:
                 self.plan, cache_folder(self.cache, self.train, self.base.data), self.test, out, self.base,
                 count=self.atlases, seed=self.base.train.seed + seed,
             )  # fmt: skip
-        elif predict.main([str(folder / "best.pt"), str(self.test), "--out", str(out), "--device", str(self.device)]):
+            return
+        arguments = [str(folder / "best.pt"), str(self.test), "--out", str(out), "--device", str(self.device)]
+        if predict.main([*arguments, "--continue"]):
             raise FocusNetError(f"{row.name}: not all test cases could be segmented")
 
-    def _score(self, folder: Path, predictions: Path) -> None:
-        known = {organ for case in find_cases(self.test) for organ in case.organs}
-        organs = [organ for organ in self.plan.organ_names if organ in known]
-        if not organs:
-            raise FocusNetError(f"no test case in {self.test} has any of {', '.join(self.plan.organ_names)}")
-        found = evaluate(self.test, predictions, organs=organs, small=self.plan.small_organs)
+    def _score(self, folder: Path, predictions: Path) -> list[OrganScore]:
+        # predictions of what is no test case any more may be there too
+        found = evaluate(
+            self.test, predictions, organs=self.organs, small=self.plan.small_organs, allow_missing_cases=True
+        )
         write_results(found, folder / "evaluation")
+        return found.scores
 
 
-def _is_scored(folder: Path, made_of: dict[str, Any]) -> bool:
+def _scored_organs(test: Path, cases: Sequence[Case], plan: Plan) -> list[str]:
+    """The organs that test cases have; all cases can be scored, which is known before anything is trained."""
+    inputs, _ = find_inputs(test)
+    without = [case.name for case in cases if case.name not in inputs]
+    if without:
+        raise FocusNetError(f"test cases in {test} have no CT, or several: {', '.join(without)}")
+    for case in cases:
+        for problem in case.problems + case.unknown:
+            raise FocusNetError(f"test case {case.name}: {problem}")
+    organs = [organ for organ in plan.organ_names if any(organ in case.organs for case in cases)]
+    if not organs:
+        raise FocusNetError(f"no test case in {test} has any of {', '.join(plan.organ_names)}")
+    return organs
+
+
+def _stored_scores(folder: Path, made_of: dict[str, Any]) -> list[OrganScore] | None:
+    """Those of an earlier command; None if there are none that are of the same."""
     try:
-        return bool(json.loads((folder / "row.json").read_text(encoding="utf-8"))["made_of"] == made_of)
+        content = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+        return [OrganScore(**score) for score in content["scores"]] if content["made_of"] == made_of else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _read_scores(folder: Path) -> list[OrganScore]:
-    content = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    return [OrganScore(**score) for score in content["scores"]]
+        return None
 
 
 def _facts(folder: Path) -> dict[str, float | None]:

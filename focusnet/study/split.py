@@ -32,10 +32,14 @@ def link_split(data: Path, test: Sequence[str] | Path, out: Path) -> tuple[Path,
     """Make `out`/train and `out`/test, which hold links to the cases of `data`; a folder as `test` stays where it is.
 
     Raises:
-        FocusNetError: `data` holds no cases, or the folders cannot be written.
+        FocusNetError: `data` holds no cases, a test case is also trained on, or the folders cannot be written.
     """
     cases = find_cases(data)
     if isinstance(test, Path):
+        trained = {case.image.resolve() for case in cases if case.image is not None}
+        both = [case.name for case in find_cases(test) if case.image is not None and case.image.resolve() in trained]
+        if both:
+            raise FocusNetError(f"{', '.join(both)} in {test}: also among the training cases in {data}")
         _link(data, cases, out / "train")
         return out / "train", test
     for name, chosen in (
@@ -46,28 +50,25 @@ def link_split(data: Path, test: Sequence[str] | Path, out: Path) -> tuple[Path,
     return out / "train", out / "test"
 
 
-def _clear(folder: Path) -> None:
-    """Remove a folder of links, but never anything else."""
+def _link(data: Path, cases: Sequence[Case], folder: Path) -> None:
+    """Let `folder`, which is made anew, hold links to `cases` alone; where it does, another study may be reading it."""
+    links = _links(data, cases)
     inside = [Path(root) / name for root, folders, files in os.walk(folder, topdown=False) for name in folders + files]
     for path in inside:
         if not path.is_symlink() and not path.is_dir():
             raise FocusNetError(f"{folder} holds {path.name}, expected links alone; choose another --out")
+    if {path.relative_to(folder): Path(os.readlink(path)) for path in inside if path.is_symlink()} == links:
+        return
     for path in inside:
         path.unlink() if path.is_symlink() else path.rmdir()
-    if folder.exists():
-        folder.rmdir()
+    for place, target in links.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).symlink_to(target, target_is_directory=target.is_dir())
 
 
-def _link(data: Path, cases: Sequence[Case], folder: Path) -> None:
-    _clear(folder)
-    folder.mkdir(parents=True)
-    is_nnunet = (data / "labelsTr").is_dir() or (data / "imagesTr").is_dir()
-    for case in cases:
-        if is_nnunet:
-            for file in case.files:
-                (folder / file.parent.name).mkdir(exist_ok=True)
-                (folder / file.parent.name / file.name).symlink_to(file.resolve())
-        else:
-            (folder / case.name).symlink_to((data / case.name).resolve(), target_is_directory=True)
-    if is_nnunet:
-        (folder / "dataset.json").symlink_to((data / "dataset.json").resolve())
+def _links(data: Path, cases: Sequence[Case]) -> dict[Path, Path]:
+    """Places in a folder of links, and what they link to."""
+    if not ((data / "labelsTr").is_dir() or (data / "imagesTr").is_dir()):
+        return {Path(case.name): (data / case.name).resolve() for case in cases}
+    files = [data / "dataset.json", *(file for case in cases for file in case.files)]
+    return {file.relative_to(data): file.resolve() for file in files}
