@@ -4,6 +4,7 @@ What is being written has a name of its own, `.tmp-<8 hex digits>-<final name>`,
 process left of it is known by the missing lock and cleared by the next one that writes into the folder.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -105,6 +106,27 @@ def clear_unfinished(folder: Path) -> None:
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for this from working in `folder` too.
+
+    The lock is of the process, not of its children: those of a killed one may live some seconds longer.
+
+    Raises:
+        FocusNetError: another process works there.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (folder / ".lock").open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # and not that there are no locks
+                raise FocusNetError(f"another process works in {folder}: wait until it ends") from error
+        yield
 
 
 def check_writable(folder: Path) -> None:

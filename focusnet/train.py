@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from .data.plan import CaseRecord, Plan
 from .distributed import ALONE, Ranks, is_lost, joined
 from .errors import FocusNetError
 from .evaluate import print_table
-from .files import atomic_write, check_writable, clear_unfinished
+from .files import alone_in, atomic_write, check_writable, clear_unfinished
 from .loading import crop_batches
 from .losses import focal_alpha
 from .model import FocusNet
@@ -91,9 +92,6 @@ class Trainer:
         device: Where to compute.
         console: Where to report.
         ranks: This process among those that share every batch; rank 0 alone writes.
-
-    Raises:
-        FocusNetError: the processes cannot share batches.
     """
 
     def __init__(
@@ -103,7 +101,6 @@ class Trainer:
         self.config = model.config.train
         self.ranks = ranks
         if ranks.world > 1:
-            _check_shared(model.config, ranks)
             convert_sync_norm(model.network)
         self.training_cases, self.validation_cases = split_cases(model.plan, model.config)
         self.alpha = focal_alpha(model.plan, model.config.loss).to(device)
@@ -453,6 +450,8 @@ def start_training(
         ranks: This process among those that train together; they share the folders.
     """
     check_stages(config.train)
+    if ranks.world > 1:
+        _check_shared(config, ranks)
     if tensorboard:
         check_tensorboard_extra()
     reporter, last = console(), out / "last.pt"
@@ -491,10 +490,11 @@ def start_training(
     trainer = Trainer(model, folder, out, device, reporter, ranks)
     if stored is not None:
         trainer.resume(training)
-    if tensorboard and ranks.rank == 0:
-        trainer.board = Board(out, plan, len(trainer.state.history))
-    trainer.announce()
-    _train(trainer, end)
+    with alone_in(out) if ranks.rank == 0 else nullcontext():
+        if tensorboard and ranks.rank == 0:
+            trainer.board = Board(out, plan, len(trainer.state.history))
+        trainer.announce()
+        _train(trainer, end)
 
 
 def _train(trainer: Trainer, end: float) -> None:
@@ -551,7 +551,7 @@ def _seconds(text: str | None) -> float:
     """
     if text is None:
         return math.inf
-    found = re.fullmatch(r"(\d+):([0-5]\d)|(\d+(?:\.\d*)?)", text, re.ASCII)
+    found = re.fullmatch(r"(\d{1,6}):([0-5]\d)|(\d{1,6}(?:\.\d*)?)", text, re.ASCII)
     if found is None:
         raise FocusNetError(f"--time-limit {text}: expected minutes, or hours and minutes as 7:30")
     hours, minutes, alone = found.groups()
@@ -606,6 +606,8 @@ def _main(argv: list[str] | None, ranks: Ranks) -> None:
         parser.set_defaults(stored.config.to_dict())
         arguments = parse(parser, argv)
     config = config_of(arguments)
+    if arguments.resume and arguments.memory is not None:
+        config.train.crop = stored.config.train.crop
     if arguments.epochs is not None:
         set_epochs(config.train, arguments.epochs)
     start_training(

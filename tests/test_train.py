@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,9 +23,10 @@ from focusnet.checkpoint import load_checkpoint
 from focusnet.config import AugmentConfig, StageConfig
 from focusnet.data.cache import cache_folder
 from focusnet.data.crops import load_case
+from focusnet.distributed import Ranks
 from focusnet.errors import FocusNetError
 from focusnet.evaluate import OrganScore, summarize
-from focusnet.files import check_writable
+from focusnet.files import alone_in, check_writable
 from focusnet.inference import Segmentation
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
 from focusnet.stages import STAGES, learning_rate, set_epochs
@@ -193,7 +195,7 @@ def test_time_limits(text, seconds) -> None:
     assert _seconds(None) == math.inf
 
 
-@pytest.mark.parametrize("text", ["", "7:60", "7:3", "-1", "1h", "1:2:3", "nan", "²"])
+@pytest.mark.parametrize("text", ["", "7:60", "7:3", "-1", "1h", "1:2:3", "nan", "²", "9" * 400, "9" * 5000 + ":00"])
 def test_what_is_no_time_limit(text) -> None:
     with pytest.raises(FocusNetError, match="^--time-limit .*expected minutes, or hours and minutes as 7:30$"):
         _seconds(text)
@@ -383,6 +385,37 @@ def test_learning_reduces_the_loss(data, tmp_path) -> None:
     start(data, tmp_path / "run", config)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
+
+
+def test_a_resumed_run_keeps_the_crop_that_memory_chose(data, begun, tmp_path) -> None:
+    out = shutil.copytree(begun[0], tmp_path / "run")
+    assert resume_by_command(data, out, "--train.crop", "[40,192,192]", "--memory", "8") == 0
+    assert load_checkpoint(out / "last.pt", CPU)[0].config.train.crop == (8, 16, 16)
+
+
+def _held(folder, ready, done) -> None:
+    with alone_in(folder):
+        ready.set()
+        done.wait(60)
+
+
+def test_one_process_trains_in_a_folder(data, begun, tmp_path) -> None:
+    out = shutil.copytree(begun[0], tmp_path / "run")
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_held, args=(out, ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(FocusNetError, match=f"^another process works in {out}: wait until it ends$"):
+        resume_by_command(data, out)
+    other.kill()
+    other.join()
+    assert resume_by_command(data, out) == 0
+
+
+def test_processes_that_cannot_share_batches_are_refused_first(tmp_path) -> None:
+    with pytest.raises(FocusNetError, match="^train.batch_size is 1, expected a multiple of 2"):
+        start(tmp_path / "nowhere", tmp_path / "run", tiny_config(), memory="8", ranks=Ranks(0, 2))
 
 
 def test_a_run_is_not_overwritten(data, finished) -> None:
