@@ -158,6 +158,7 @@ def test_voxels_in_a_file_of_their_own_are_looked_at(small: Path, monkeypatch, s
     voxels = image.with_name("voxels.raw")
     volume.array.astype("<i2").tofile(voxels)
     assert goes_on(small) == 0 and predicted.take() == []
+    assert predict.main(arguments(small, small / "out")) == 0 and predicted.take()  # which notes the files' times
     times = voxels.stat().st_mtime_ns
     (volume.array + np.int16(1)).astype("<i2").tofile(voxels)
     os.utime(voxels, ns=(times, times))

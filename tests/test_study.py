@@ -106,8 +106,9 @@ def test_as_long_as_focusnet_takes_as_many_epochs() -> None:
     assert _configured("S-Net, as long as FocusNet").train.snet.epochs == sum(stages)
     scale_epochs(base, 0.1)
     assert [getattr(base.train, stage).epochs for stage in ("snet", "sol", "sos", "joint")] == [60, 30, 30, 10]
-    scale_epochs(base, 1.1)  # of which 10 times is a little above 11
-    assert [getattr(base.train, stage).epochs for stage in ("snet", "sol", "sos", "joint")] == [66, 33, 33, 11]
+    base.train.joint.epochs = 100
+    scale_epochs(base, 1.1)  # of which 100 times is a little above 110
+    assert [getattr(base.train, stage).epochs for stage in ("snet", "sol", "sos", "joint")] == [66, 33, 33, 110]
 
 
 def test_pddca_split(tmp_path) -> None:
