@@ -282,7 +282,8 @@ def test_sigterm_is_as_gentle_as_ctrl_c(config_and_data: Path) -> None:
     printed, errors = running.communicate()
     assert (running.returncode, errors.strip()) == (143, "terminated")
     assert f"stopped: {folder / 'out' / 'last.pt'} holds the last finished epoch; go on with --resume" in printed
-    assert check_files(folder / "out") == 2 and not list((folder / "out").glob(".*"))
+    assert check_files(folder / "out") == 2
+    assert not list((folder / "out").glob(".tmp*"))
 
 
 def test_a_terminated_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,4 +373,4 @@ def test_a_real_full_or_read_only_disk(config_and_data: Path, options: str, erro
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     assert done.returncode == 2
     assert re.fullmatch(errors.format(out=re.escape(str(out))), done.stderr), done.stderr
-    assert check_files(folder / "kept") == kept and not list((folder / "kept").glob(".*"))
+    assert check_files(folder / "kept") == kept and not list((folder / "kept").glob(".tmp*"))
