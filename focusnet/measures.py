@@ -154,9 +154,31 @@ def read_statistics(file: Path) -> dict[str, dict[str, Any]]:
         FocusNetError: as of `read_json`.
     """
     table = read_json(file)
-    if not all(isinstance(measured, dict) for measured in table.values()):
-        raise FocusNetError(f"{file} is none that predict wrote: it has values where organs are expected")
+    for organ, measured in table.items():
+        if not _is_measured(measured):
+            raise FocusNetError(f"{file} is none that predict wrote: odd values of {organ[:100]!r}")
     return table
+
+
+def _is_measured(found: Any) -> bool:
+    """Whether these are values of an organ as `measure` has them; earlier versions had fewer."""
+    if not isinstance(found, dict) or not found.keys() >= {"volume_cm3", "center_mm", "confidence"}:
+        return False
+    return all(_fits(column, found[column]) for column in _COLUMNS if column in found)
+
+
+def _fits(column: str, value: Any) -> bool:
+    if column in ("at_border", "flags"):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if column == "training_volume_cm3":
+        return isinstance(value, list) and len(value) in (1, 3) and all(map(_is_number, value))
+    if len(_names(column)) == 3:
+        return value is None or (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)))
+    return value is None or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _refuse(constant: str) -> None:

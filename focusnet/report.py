@@ -28,7 +28,7 @@ from .measures import STATISTICS, read_json, read_statistics
 Pictures = Literal["all", "flagged", "none"]
 _TEMPLATE = Path(__file__).with_name("report.html")
 _WEBP_QUALITY = 80
-_IN_RECORD = {"made_with", "input", "shape", "spacing_mm", "device"}
+_IN_RECORD = {"made_with": dict, "input": dict, "shape": list, "spacing_mm": list, "device": str, "parts": list}
 
 
 @dataclass
@@ -122,9 +122,9 @@ def _read_case(folder: Path, scores: Mapping[tuple[str, str], OrganScore]) -> Ca
     table = read_statistics(folder / STATISTICS)
     rows = [Row(organ, measured, scores.get((folder.name, organ))) for organ, measured in table.items()]
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    absent = _IN_RECORD - record.keys() if record else ()
-    if absent:
-        raise FocusNetError(f"{folder / RECORD} is none that predict wrote: it has no {min(absent)}")
+    odd = [name for name, kind in _IN_RECORD.items() if not isinstance(record.get(name), kind)]
+    if record and odd:
+        raise FocusNetError(f"{folder / RECORD} is none that predict wrote: odd {odd[0]}")
     return CaseView(folder.name, rows, record)
 
 
@@ -158,18 +158,22 @@ def _settings(cases: Sequence[CaseView]) -> list[dict[str, Any]]:
         flat = {
             "checkpoint": case.record.get("checkpoint", "unknown: predicted by an earlier version"),
             "SHA-256": made_with.get("checkpoint_sha256", ""),
-            "parts": ", ".join(case.record.get("parts", [])),
+            "parts": ", ".join(map(str, case.record.get("parts", []))),
             "training cases": case.record.get("training_cases", ""),
             "focuskernels": made_with.get("version", ""),
             "backend": made_with.get("backend", ""),
             "device": case.record.get("device", ""),
-            **made_with.get("predict", {}),
-            **made_with.get("outputs", {}),
+            **_table(made_with.get("predict")),
+            **_table(made_with.get("outputs")),
         }
         key = repr(flat)
         found[key] = flat
         counts[key] += 1
     return [{"cases": counts[key], **flat} for key, flat in found.items()]
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)

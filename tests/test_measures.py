@@ -90,10 +90,20 @@ def test_a_voxel_whose_volume_rounds_to_nothing() -> None:
 
 def test_statistics_of_another_program(tmp_path: Path) -> None:
     (tmp_path / "case").mkdir()
-    for content, problem in (('{"mean": 3}', "none that predict wrote"), ('{"Lens_L": {"parts": NaN}}', "no JSON")):
-        (tmp_path / "case" / "statistics.json").write_text(content)
+    file, whole = tmp_path / "case" / "statistics.json", measured(MIRRORED)["Eye_L"]
+
+    def refused(content: str, problem: str) -> None:
+        file.write_text(content)
         with pytest.raises(FocusNetError, match=f"case/statistics.json.*{problem}"):
             write_cohort(tmp_path)
+
+    refused('{"mean": 3}', "none that predict wrote: odd values of 'mean'")
+    refused('{"Lens_L": {"parts": NaN}}', "it is no JSON")
+    for name in ("volume_cm3", "center_mm", "confidence"):
+        refused(json.dumps({"Eye_L": {key: value for key, value in whole.items() if key != name}}), "none that")
+    for name in whole:
+        for odd in ("x", [1, "x", 2], {}):
+            refused(json.dumps({"Eye_L": whole | {name: odd}}), "none that predict wrote: odd values of 'Eye_L'")
 
 
 @pytest.mark.parametrize(

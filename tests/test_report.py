@@ -191,7 +191,7 @@ def test_the_command(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(FocusNetError, match=r"^cannot read .*case_0/qc.png: it is no picture, or damaged$"):
         report.main([str(tmp_path / "damaged"), "--out", str(out)])
     (tmp_path / "damaged" / "case_0" / "prediction.json").write_text('{"input": {}}')
-    with pytest.raises(FocusNetError, match=r"case_0/prediction.json is none that predict wrote: it has no device$"):
+    with pytest.raises(FocusNetError, match=r"case_0/prediction.json is none that predict wrote: odd made_with$"):
         report.main([str(tmp_path / "damaged"), "--out", str(out)])
     (tmp_path / "damaged" / "case_0" / "statistics.json").write_text('{"Brainstem": 1}')
     with pytest.raises(FocusNetError, match=r"case_0/statistics.json is none that predict wrote"):
