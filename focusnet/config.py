@@ -95,7 +95,9 @@ class LossConfig:
         smooth: Added to numerator and denominator of every dice ratio, in voxels. With 0, the paper's value, an organ
             that a crop does not hold has no dice gradient; anything larger rewards a network for never predicting it.
         heatmap_sigma_mm: Standard deviation of the Gaussian heat maps.
-        heatmap_weight: Weight of the heat maps' squared error when all parts train together.
+        heatmap_error: "squared", as in the paper, or "cross_entropy": its gradient does not vanish where a map is near
+            zero, so that the map of an organ that is hard to find does not stay there.
+        heatmap_weight: Weight of the heat maps' error when all parts train together.
         sos_weight: Weight of the small organs' branches when all parts train together.
     """
 
@@ -104,6 +106,7 @@ class LossConfig:
     dice_weight: float = 1.0
     smooth: float = 0.0
     heatmap_sigma_mm: float = 5.0
+    heatmap_error: Literal["squared", "cross_entropy"] = "squared"
     heatmap_weight: float = 2.0
     sos_weight: float = 1.0
 

@@ -110,7 +110,7 @@ class Windows:
         if self._last is None or self._last[0] != start:
             image = _crop_at(self.volume, start, self.size)[None, None]
             snet = self.network.snet(image)
-            self._last = (start, (image, snet, self.network.locate(snet)))
+            self._last = (start, (image, snet, self.network.locate(snet).sigmoid()))
         return self._last[1]
 
     def holding(self, boxes: list[Triple]) -> "Windows":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from focuskernels import focal_dice_loss, heatmap_argmax_3d, roi_gather_each_3d
@@ -62,17 +63,29 @@ def gaussian_heatmaps(centers: Tensor, shape: Sequence[int], spacing: Sequence[f
     return z[..., :, None, None] * y[..., None, :, None] * x[..., None, None, :]
 
 
-def heatmap_loss(heatmaps: Tensor, crop: Crop, spacing: Sequence[float], sigma_mm: float) -> Tensor:
-    """Squared error of the heat maps: its sum over voxels per Gaussian's volume, averaged over the contoured organs.
+def heatmap_loss(logits: Tensor, crop: Crop, spacing: Sequence[float], config: LossConfig) -> Tensor:
+    """Error of the heat maps: its sum over voxels per Gaussian's volume, averaged over the contoured organs.
 
     Dividing by the Gaussian's volume in voxels, not by the crop's, keeps the loss of order one for every crop size.
+
+    Args:
+        logits: (N, small organs, D, H, W); the heat maps are their sigmoids.
+        crop: The batch of crops.
+        spacing: Voxel size in mm.
+        config: With `heatmap_error`: squared as in section 2.2 of the paper, or cross-entropy, whose minimum is at the
+            same maps.
     """
-    target = gaussian_heatmaps(crop.centers, heatmaps.shape[2:], spacing, sigma_mm)
+    sigma_mm = config.heatmap_sigma_mm
+    target = gaussian_heatmaps(crop.centers, logits.shape[2:], spacing, sigma_mm).nan_to_num()
     known = ~crop.centers.isnan().any(dim=-1)
-    error = (heatmaps.float() - target.nan_to_num()).square().sum(dim=(2, 3, 4))
+    logits = logits.float()
+    if config.heatmap_error == "squared":
+        errors = (logits.sigmoid() - target).square()
+    else:
+        errors = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     voxel_mm3 = spacing[0] * spacing[1] * spacing[2]
     gaussian_voxels = (2 * torch.pi) ** 1.5 * sigma_mm**3 / voxel_mm3
-    return (error * known).sum() / (gaussian_voxels * known.sum().clamp_min(1))
+    return (errors.sum(dim=(2, 3, 4)) * known).sum() / (gaussian_voxels * known.sum().clamp_min(1))
 
 
 def in_crop(crop: Crop) -> Tensor:

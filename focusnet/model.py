@@ -91,8 +91,8 @@ class SOLNet(nn.Module):
         nn.init.constant_(self.head.bias, -6.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, F, D, H, W) -> heat maps (N, organs, D, H, W) between 0 and 1."""
-        return self.head(self.norm(self.blocks(features))).sigmoid()
+        """(N, F, D, H, W) -> logits of the heat maps (N, organs, D, H, W)."""
+        return self.head(self.norm(self.blocks(features)))
 
 
 class SOSBranch(nn.Module):
@@ -151,7 +151,7 @@ class FocusNet(nn.Module):
     def forward(self, image: Tensor) -> FocusNetOutput:
         """Run all three parts on `image` (N, 1, D, H, W); gradients flow through the pooled features."""
         snet = self.snet(image)
-        heatmaps = self.locate(snet)
+        heatmaps = self.locate(snet).sigmoid()
         peaks = heatmap_argmax_3d(heatmaps).index
         samples, organs = len(image), len(self.sos)
         numbers = torch.arange(samples, device=image.device).expand(organs, samples)
@@ -162,7 +162,7 @@ class FocusNet(nn.Module):
         return FocusNetOutput(snet, heatmaps, peaks, grouped)
 
     def locate(self, snet: SNetOutput) -> Tensor:
-        """Heat maps (N, small organs, D, H, W); without small organs that tensor is empty."""
+        """Logits of the heat maps (N, small organs, D, H, W); without small organs that tensor is empty."""
         if self.sol is None:
             return snet.logits[:, :0]
         return self.sol(snet.features)

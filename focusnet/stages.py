@@ -117,11 +117,12 @@ def stage_loss(
     if stage == "snet":
         return segmentation_loss(snet.logits, crop, alpha, config)
     with torch.set_grad_enabled("sol" in TRAINED[stage]):
-        heatmaps = network.locate(snet)
+        logits = network.locate(snet)
+        heatmaps = logits.sigmoid()
     if stage == "sos":
         small = loss_of_small(network, crop, snet, heatmaps, plan, config, shares.organs)
         return None if small is None else shares.rois * small
-    located = shares.heatmaps * heatmap_loss(heatmaps, crop, plan.spacing, config.heatmap_sigma_mm)
+    located = shares.heatmaps * heatmap_loss(logits, crop, plan.spacing, config)
     if stage == "sol":
         return located
     loss = segmentation_loss(snet.logits, crop, alpha, config) + config.heatmap_weight * located

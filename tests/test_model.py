@@ -81,7 +81,7 @@ def test_rois_in_any_order_and_number() -> None:
     network = FocusNet(small_config(), organs=4, roi_sizes=[(4, 6, 6), (3, 5, 7)]).eval()
     image = torch.randn(2, 1, 8, 16, 16)
     snet = network.snet(image)
-    heatmaps = network.locate(snet)
+    heatmaps = network.locate(snet).sigmoid()
     centers = torch.tensor([[1, 4, 5, 6], [0, 2, 9, 9], [0, 3, 3, 3]])
     together = network.segment_rois([1, 0, 1], image, snet, heatmaps, centers)
     for organ, center, found in zip([1, 0, 1], centers, together, strict=True):

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from focusnet import validation
 from focusnet.checkpoint import load_checkpoint
-from focusnet.config import AugmentConfig, StageConfig
+from focusnet.config import AugmentConfig, LossConfig, StageConfig
 from focusnet.data.cache import cache_folder
-from focusnet.data.crops import load_case
+from focusnet.data.crops import Crop, load_case
 from focusnet.distributed import Ranks
 from focusnet.errors import FocusNetError
 from focusnet.evaluate import OrganScore, summarize
@@ -705,17 +705,39 @@ def test_heatmaps_are_gaussians_in_mm() -> None:
     assert heat[4, 10, 17].item() == pytest.approx(math.exp(-0.5), rel=1e-6)
 
 
-def test_heatmap_loss_leaves_out_missing_organs() -> None:
-    from focusnet.data.crops import Crop
-
-    centers = torch.tensor([[[4.0, 5.0, 5.0], [math.nan] * 3]])
-    crop = Crop(torch.zeros(1, 1, 9, 11, 11), torch.zeros(1, 9, 11, 11), torch.ones(1, 3, dtype=torch.bool), centers)
-    maps = torch.rand(1, 2, 9, 11, 11, requires_grad=True)
-    loss = heatmap_loss(maps, crop, (2.0, 1.0, 1.0), 2.0)
+@pytest.mark.parametrize("error", ["squared", "cross_entropy"])
+def test_heatmap_loss_leaves_out_missing_organs(error: str) -> None:
+    crop, config = heatmap_crop(), LossConfig(heatmap_sigma_mm=2.0, heatmap_error=error)
+    logits = torch.randn(1, 2, 9, 11, 11, requires_grad=True)
+    loss = heatmap_loss(logits, crop, (2.0, 1.0, 1.0), config)
     loss.backward()
-    assert loss.isfinite() and maps.grad[0, 0].any() and not maps.grad[0, 1].any()
-    perfect = gaussian_heatmaps(centers, (9, 11, 11), (2.0, 1.0, 1.0), 2.0).nan_to_num()
-    assert heatmap_loss(perfect, crop, (2.0, 1.0, 1.0), 2.0) == 0
+    assert loss.isfinite() and logits.grad[0, 0].any() and not logits.grad[0, 1].any()
+
+
+@pytest.mark.parametrize("error", ["squared", "cross_entropy"])
+def test_heatmap_loss_is_least_for_the_gaussian(error: str) -> None:
+    crop, config = heatmap_crop(), LossConfig(heatmap_sigma_mm=2.0, heatmap_error=error)
+    perfect = gaussian_heatmaps(crop.centers, (9, 11, 11), (2.0, 1.0, 1.0), 2.0).nan_to_num().double().logit()
+    logits = perfect.clamp(-10, 10).requires_grad_()
+    heatmap_loss(logits, crop, (2.0, 1.0, 1.0), config).backward()
+    assert logits.grad.abs().max() < 1e-5
+
+
+def test_a_heatmap_of_zeros_is_left_by_cross_entropy() -> None:
+    logits = torch.full((1, 2, 9, 11, 11), -20.0, requires_grad=True)
+    pull = {}
+    for error in ("squared", "cross_entropy"):
+        config = LossConfig(heatmap_sigma_mm=2.0, heatmap_error=error)
+        loss = heatmap_loss(logits, heatmap_crop(), (2.0, 1.0, 1.0), config)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        pull[error] = -gradient[0, 0, 4, 5, 5].item()
+    assert pull["squared"] < 1e-8 and pull["cross_entropy"] > 1e-2
+
+
+def heatmap_crop() -> Crop:
+    """One organ in the middle of 9x11x11 voxels; another one that was not contoured."""
+    centers = torch.tensor([[[4.0, 5.0, 5.0], [math.nan] * 3]])
+    return Crop(torch.zeros(1, 1, 9, 11, 11), torch.zeros(1, 9, 11, 11), torch.ones(1, 3, dtype=torch.bool), centers)
 
 
 def test_a_region_larger_than_a_crop_is_warned_of(data, tmp_path, capsys) -> None:

@@ -45,7 +45,7 @@ class Joint(nn.Module):
     def forward(self, image: Tensor, labels: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
         """Image (1, 1, D, H, W), labels (1, D, H, W), heat maps to reach (1, SMALL, D, H, W) -> the loss."""
         snet = self.network.snet(image)
-        heatmaps = self.network.locate(snet)
+        heatmaps = self.network.locate(snet).sigmoid()
         corners = corners_of(labels.shape[1:], self.roi)
         if self.plain:
             sources = [snet.features, snet.stem, image]
