@@ -258,7 +258,7 @@ def dense_aspp3d(x: Tensor, branches: Sequence[Sequence[Any]]) -> Tensor:
     """
     norms = [layer for branch in branches for layer in (branch[0], branch[2])]
     convs = [layer for branch in branches for layer in (branch[1], branch[3])]
-    sets = _check(x, norms[0], convs)
+    sets = _check(x, norms, convs)
     # Autocast changes the weights alone: norms, and so the buffer, stay in the dtype of x.
     weights: list[Any] = [cast_for_autocast(conv.weight)[0] for conv in convs]
     if any(weight.dtype != x.dtype for weight in weights) and not torch.is_autocast_enabled(x.device.type):
@@ -279,14 +279,20 @@ def dense_aspp3d(x: Tensor, branches: Sequence[Sequence[Any]]) -> Tensor:
     return y
 
 
-def _check(x: Tensor, norm: Any, convs: Sequence[Any]) -> Sets:
+def _check(x: Tensor, norms: Sequence[Any], convs: Sequence[Any]) -> Sets:
+    norm = norms[0]
     for conv in convs:
         if conv.weight.device != x.device:
             raise TypeError(f"x is on {x.device}, a weight on {conv.weight.device}")
     shared = norm.sync and norm.training and dist.is_available() and dist.is_initialized()
     running = (norm.running_mean, norm.running_var)
     group = dist.group.WORLD if shared else None
-    return check_norm(x, norm.weight, norm.bias, norm.norm, norm.num_groups, *running, norm.training, group)
+    sets = check_norm(x, norm.weight, norm.bias, norm.norm, norm.num_groups, *running, norm.training, group)
+    # a group of a bottleneck may have fewer values than one of x
+    for other in norms[1:] if norm.norm == "group" else ():
+        like = x[:, :1].expand(-1, len(other.weight), -1, -1, -1)
+        check_norm(like, other.weight, other.bias, other.norm, other.num_groups, None, None, other.training)
+    return sets
 
 
 class DenseASPP(torch.autograd.Function):

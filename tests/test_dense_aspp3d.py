@@ -130,6 +130,12 @@ def test_bad_input() -> None:
             module(x)
 
 
+def test_one_value_in_a_group_of_the_bottleneck_is_refused() -> None:
+    module = DenseASPP3d(3, 4, 1, [1], norm="group")
+    with pytest.raises(ValueError, match=r"'group' has one value only .* \(2, 1, 1, 1, 1\)"):
+        module(torch.randn(2, 3, 1, 1, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_as_one_graph(training: bool) -> None:
