@@ -12,7 +12,8 @@ flags="$sanitizers -D_GLIBCXX_ASSERTIONS -D_GLIBCXX_SANITIZE_VECTOR"
 # Which of the two variables C++ is compiled with depends on the version of setuptools.
 FOCUSKERNELS_BUILD=1 CFLAGS=$flags CXXFLAGS=$flags LDFLAGS=$sanitizers \
     "$python" setup.py -q build --build-base "$out" --build-lib "$out/lib"
-nm -D "$out"/lib/focuskernels/_C*.so | grep -q __asan_ || { echo "error: built without sanitizers" >&2; exit 1; }
+# not grep -q, which ends before nm does, so that the pipe fails
+nm -D "$out"/lib/focuskernels/_C*.so | grep __asan_ > /dev/null || { echo "error: built without sanitizers" >&2; exit 1; }
 
 # Python is not built with the sanitizers: their libraries must come first, and libstdc++ for them to find its throw.
 preload=$(for library in asan ubsan stdc++; do "${CXX:-c++}" -print-file-name="lib$library.so"; done | paste -sd:)
