@@ -63,13 +63,14 @@ def gaussian_heatmaps(centers: Tensor, shape: Sequence[int], spacing: Sequence[f
     return z[..., :, None, None] * y[..., None, :, None] * x[..., None, None, :]
 
 
-def heatmap_loss(logits: Tensor, crop: Crop, spacing: Sequence[float], config: LossConfig) -> Tensor:
+def heatmap_loss(logits: Tensor, heatmaps: Tensor, crop: Crop, spacing: Sequence[float], config: LossConfig) -> Tensor:
     """Error of the heat maps: its sum over voxels per Gaussian's volume, averaged over the contoured organs.
 
     Dividing by the Gaussian's volume in voxels, not by the crop's, keeps the loss of order one for every crop size.
 
     Args:
-        logits: (N, small organs, D, H, W); the heat maps are their sigmoids.
+        logits: (N, small organs, D, H, W).
+        heatmaps: Their sigmoids, which the caller has.
         crop: The batch of crops.
         spacing: Voxel size in mm.
         config: With `heatmap_error`: squared as in section 2.2 of the paper, or cross-entropy, whose minimum is at the
@@ -78,11 +79,10 @@ def heatmap_loss(logits: Tensor, crop: Crop, spacing: Sequence[float], config: L
     sigma_mm = config.heatmap_sigma_mm
     target = gaussian_heatmaps(crop.centers, logits.shape[2:], spacing, sigma_mm).nan_to_num()
     known = ~crop.centers.isnan().any(dim=-1)
-    logits = logits.float()
     if config.heatmap_error == "squared":
-        errors = (logits.sigmoid() - target).square()
+        errors = (heatmaps.float() - target).square()
     else:
-        errors = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        errors = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
     voxel_mm3 = spacing[0] * spacing[1] * spacing[2]
     gaussian_voxels = (2 * torch.pi) ** 1.5 * sigma_mm**3 / voxel_mm3
     return (errors.sum(dim=(2, 3, 4)) * known).sum() / (gaussian_voxels * known.sum().clamp_min(1))

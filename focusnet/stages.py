@@ -122,7 +122,7 @@ def stage_loss(
     if stage == "sos":
         small = loss_of_small(network, crop, snet, heatmaps, plan, config, shares.organs)
         return None if small is None else shares.rois * small
-    located = shares.heatmaps * heatmap_loss(logits, crop, plan.spacing, config)
+    located = shares.heatmaps * heatmap_loss(logits, heatmaps, crop, plan.spacing, config)
     if stage == "sol":
         return located
     loss = segmentation_loss(snet.logits, crop, alpha, config) + config.heatmap_weight * located

@@ -709,7 +709,7 @@ def test_heatmaps_are_gaussians_in_mm() -> None:
 def test_heatmap_loss_leaves_out_missing_organs(error: str) -> None:
     crop, config = heatmap_crop(), LossConfig(heatmap_sigma_mm=2.0, heatmap_error=error)
     logits = torch.randn(1, 2, 9, 11, 11, requires_grad=True)
-    loss = heatmap_loss(logits, crop, (2.0, 1.0, 1.0), config)
+    loss = heatmap_loss(logits, logits.sigmoid(), crop, (2.0, 1.0, 1.0), config)
     loss.backward()
     assert loss.isfinite() and logits.grad[0, 0].any() and not logits.grad[0, 1].any()
 
@@ -719,7 +719,7 @@ def test_heatmap_loss_is_least_for_the_gaussian(error: str) -> None:
     crop, config = heatmap_crop(), LossConfig(heatmap_sigma_mm=2.0, heatmap_error=error)
     perfect = gaussian_heatmaps(crop.centers, (9, 11, 11), (2.0, 1.0, 1.0), 2.0).nan_to_num().double().logit()
     logits = perfect.clamp(-10, 10).requires_grad_()
-    heatmap_loss(logits, crop, (2.0, 1.0, 1.0), config).backward()
+    heatmap_loss(logits, logits.sigmoid(), crop, (2.0, 1.0, 1.0), config).backward()
     assert logits.grad.abs().max() < 1e-5
 
 
@@ -728,7 +728,7 @@ def test_a_heatmap_of_zeros_is_left_by_cross_entropy() -> None:
     pull = {}
     for error in ("squared", "cross_entropy"):
         config = LossConfig(heatmap_sigma_mm=2.0, heatmap_error=error)
-        loss = heatmap_loss(logits, heatmap_crop(), (2.0, 1.0, 1.0), config)
+        loss = heatmap_loss(logits, logits.sigmoid(), heatmap_crop(), (2.0, 1.0, 1.0), config)
         (gradient,) = torch.autograd.grad(loss, logits)
         pull[error] = -gradient[0, 0, 4, 5, 5].item()
     assert pull["squared"] < 1e-8 and pull["cross_entropy"] > 1e-2
