@@ -1,13 +1,13 @@
 """The passes of norm_act and se_residual: C++ and Triton against the reference in double precision."""
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels import _lib, channelwise
 from focuskernels.reference import channelwise as reference
@@ -37,8 +37,7 @@ def compiled() -> Any:
 def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     from focuskernels.kernels import channelwise
 
     if not torch.cuda.is_available():

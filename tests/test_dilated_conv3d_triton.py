@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels import dilated_conv3d
 from focuskernels.dilated_conv3d import why_not
@@ -47,8 +47,7 @@ if device() == "cpu":
 
 @pytest.fixture
 def kernels() -> Any:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     return pytest.importorskip("focuskernels.kernels.dilated_conv3d")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels import focal_dice_loss
 from focuskernels.reference import focal_dice as reference
@@ -26,8 +27,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     from focuskernels.kernels import focal_dice
 
     if not torch.cuda.is_available():

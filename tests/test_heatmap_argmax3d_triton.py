@@ -1,12 +1,12 @@
 """The Triton kernels of heatmap_argmax_3d: interpreted without a GPU, and on the GPU at hand."""
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels import heatmap_argmax_3d
 from focuskernels.reference import heatmap_argmax3d as reference
@@ -18,8 +18,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     from focuskernels.kernels import heatmap_argmax3d
 
     if not torch.cuda.is_available():

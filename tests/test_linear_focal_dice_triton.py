@@ -1,11 +1,11 @@
 """The Triton kernels of the last convolution: interpreted without a GPU, and on the GPU at hand."""
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
 import torch
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels import focal_dice_loss, linear_argmax, linear_focal_dice, linear_focal_dice_loss
 from focuskernels.reference import focal_dice as loss_reference
@@ -18,8 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def kernels() -> Any:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     from focuskernels.kernels import linear_focal_dice
 
     return linear_focal_dice

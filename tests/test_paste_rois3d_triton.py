@@ -2,11 +2,11 @@
 
 import importlib.util
 import math
-import os
 from typing import Any
 
 import pytest
 import torch
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels import paste_rois_3d
 from focuskernels.reference import paste_rois3d as reference
@@ -17,8 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     from focuskernels.kernels import paste_rois3d
 
     if not torch.cuda.is_available():

@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels import roi_align_3d
 from focuskernels.reference import roi_align3d as reference
@@ -38,8 +38,7 @@ ROWS = [
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     from focuskernels.kernels import roi_align3d
 
     if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_runs import skip_unless_kernels_run
 
 from focuskernels.reference import roi_gather3d as reference
 
@@ -20,8 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    skip_unless_kernels_run()
     from focuskernels.kernels import roi_gather3d
 
     if not torch.cuda.is_available():
