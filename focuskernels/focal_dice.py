@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -74,13 +75,13 @@ def focal_dice_loss(
         A scalar; float32, or float64 for float64 logits. Without a counted voxel it is 0.
 
     Raises:
-        TypeError: wrong types or dtypes.
+        TypeError: wrong types, dtypes or devices.
         ValueError: shapes or parameters that do not fit, one class only for "softmax"; and, on the CPU outside
             `torch.compile`, a target value or an `alpha` out of range, or a sample without any class. Where values are
             not looked at, a voxel whose target is out of range is ignored. On a GPU, looking at targets means waiting
             for it, and is done only with FOCUSKERNELS_CHECK_LABELS=1 in the environment.
     """
-    check_options(activation, gamma, smooth, class_reduction)
+    check_options(activation, gamma, ignore_index, smooth, class_reduction, focal_weight, dice_weight)
     sums = focal_dice_sums(
         logits,
         target,
@@ -107,9 +108,19 @@ def focal_dice_sums(
     class_mask: Tensor | None = None,
     inplace_grad: bool = False,
 ) -> FocalDiceSums:
-    """The sums that `focal_dice_loss`, and any other dice-like loss, is made of; same arguments and errors.
+    """The sums that `focal_dice_loss`, and any other dice-like loss, is made of.
 
     They add up over samples, patches and processes, so that a ratio can be taken after reducing them.
+
+    Args:
+        logits, target, activation, gamma, alpha, ignore_index, class_mask, inplace_grad: as there; `alpha` weighs the
+            row `focal`.
+
+    Returns:
+        FocalDiceSums(intersection, prediction, target, focal, voxels).
+
+    Raises:
+        TypeError, ValueError: as there.
     """
     return loss_sums(
         logits,
@@ -138,10 +149,10 @@ def loss_sums(
 
     Of `logits` only shape, dtype and device are looked at.
     """
-    check_options(activation, gamma)
-    _check(logits, target, activation, class_mask)
+    check_options(activation, gamma, ignore_index)
+    _check(logits, target, class_mask, multi_hot=activation == "sigmoid")
     if alpha is not None:
-        alpha = _alpha_tensor(alpha, logits)
+        alpha = _alpha_of(logits, alpha)
     mode = SOFTMAX if activation == "softmax" else SIGMOID
     sums = sums_of(mode=mode, gamma=gamma, ignore_index=ignore_index, class_mask=class_mask)
     focal = sums.focal if alpha is None else alpha * sums.focal
@@ -175,15 +186,19 @@ def class_sums(
     class_mask: Tensor | None = None,
     inplace_grad: bool = False,
 ) -> ClassSums:
-    """The sums, differentiable in the logits; shapes and dtypes must have been checked.
+    """The sums, differentiable in the logits.
 
     Args:
         logits: (N, C, *spatial).
-        target: (N, *spatial) integers; (N, C, *spatial) bool or integers of 0 and 1 for SIGMOID only.
+        target: (N, *spatial) integers; (N, C, *spatial) bool or uint8 of 0 and 1 for SIGMOID only.
         mode: SOFTMAX, SIGMOID, or SOFTMAX_DICE_SIGMOID_FOCAL, in which intersection and prediction are those of a
             softmax and the focal terms those of independent channels.
         gamma, ignore_index, class_mask, inplace_grad: as in `focal_dice_loss`.
+
+    Raises:
+        TypeError, ValueError: tensors as `focal_dice_loss`, on behalf of the kernels: they would read beyond them.
     """
+    _check(logits, target, class_mask, multi_hot=mode == SIGMOID and target.dim() == logits.dim())
     if class_mask is not None:
         class_mask = _needed(class_mask)
     x, labels = flat(logits), flat_target(target, logits)
@@ -193,18 +208,32 @@ def class_sums(
     return ClassSums(*table.unbind(dim=1))
 
 
-def check_options(activation: str, gamma: float, smooth: float = 0.0, class_reduction: str = "sum") -> None:
-    """Refuse unknown names and numbers out of range."""
+def check_options(
+    activation: str,
+    gamma: float,
+    ignore_index: int | None = None,
+    smooth: float = 0.0,
+    class_reduction: str = "sum",
+    focal_weight: float = 1.0,
+    dice_weight: float = 1.0,
+) -> None:
+    """Refuse unknown names, what is no number, and numbers out of range."""
     if activation not in get_args(Mode):
         raise ValueError(f"activation must be one of {get_args(Mode)}, got {activation!r}")
     if class_reduction not in ("sum", "mean"):
         raise ValueError(f"class_reduction must be 'sum' or 'mean', got {class_reduction!r}")
-    for name, value in {"gamma": gamma, "smooth": smooth}.items():
+    if ignore_index is not None and not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be None or an integer, got {ignore_index!r}")
+    not_negative = {"gamma": gamma, "smooth": smooth}
+    for name, value in {**not_negative, "focal_weight": focal_weight, "dice_weight": dice_weight}.items():
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    for name, value in not_negative.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
-def _check(logits: Tensor, target: Tensor, activation: str, class_mask: Tensor | None) -> None:
+def _check(logits: Tensor, target: Tensor, class_mask: Tensor | None, multi_hot: bool) -> None:
     for name, tensor in {"logits": logits, "target": target}.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -212,20 +241,24 @@ def _check(logits: Tensor, target: Tensor, activation: str, class_mask: Tensor |
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() < 3:
         raise ValueError(f"logits must be (N, C, *spatial), got {tuple(logits.shape)}")
-    if activation == "softmax":
-        _check_softmax(logits, target)
+    if multi_hot:
+        _check_multi_hot(logits, target)
     else:
-        if target.shape != logits.shape:
-            raise ValueError(f"target must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
-        if target.dtype not in (torch.bool, torch.uint8):
-            raise TypeError(f"target must be bool or uint8 for 'sigmoid', got {target.dtype}")
+        _check_indices(logits, target)
     if target.device != logits.device:
         raise TypeError(f"logits lie on {logits.device}, target on {target.device}")
     if class_mask is not None:
         _check_class_mask(class_mask, logits)
 
 
-def _check_softmax(logits: Tensor, target: Tensor) -> None:
+def _check_multi_hot(logits: Tensor, target: Tensor) -> None:
+    if target.shape != logits.shape:
+        raise ValueError(f"target must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
+    if target.dtype not in (torch.bool, torch.uint8):
+        raise TypeError(f"target must be bool or uint8 for 'sigmoid', got {target.dtype}")
+
+
+def _check_indices(logits: Tensor, target: Tensor) -> None:
     if logits.shape[1] < 2:
         raise ValueError(
             f"softmax needs at least two classes, got logits {tuple(logits.shape)}; one organ is 'sigmoid'"
@@ -255,10 +288,23 @@ def _needed(class_mask: Tensor) -> Tensor | None:
     return None if values_are_readable(class_mask) and bool(class_mask.all()) else class_mask
 
 
-def _alpha_tensor(alpha: Tensor | Sequence[float], logits: Tensor) -> Tensor:
-    values = torch.as_tensor(alpha, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+def _alpha_of(logits: Tensor, alpha: Tensor | Sequence[float]) -> Tensor:
+    values = alpha_tensor(alpha, torch.promote_types(logits.dtype, torch.float32), logits.device)
     if values.shape != logits.shape[1:2]:
         raise ValueError(f"alpha must have {logits.shape[1]} values, one per class, got shape {tuple(values.shape)}")
+    return values
+
+
+def alpha_tensor(
+    alpha: Tensor | Sequence[float], dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Tensor:
+    """The focal weights (C,); refuses what is none."""
+    try:
+        values = torch.as_tensor(alpha, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"alpha must hold one number per class, got {alpha!r}") from error
+    if values.dim() != 1:
+        raise ValueError(f"alpha must hold one number per class, got {alpha!r}")
     if values_are_readable(values) and not bool(((values >= 0) & torch.isfinite(values)).all()):
         raise ValueError(f"alpha must be finite and at least 0, got {values.tolist()}")
     return values

@@ -56,7 +56,7 @@ def linear_focal_dice_loss(
     Raises:
         TypeError, ValueError: as `focal_dice_loss`, and for weights that do not fit.
     """
-    focal_dice.check_options(activation, gamma, smooth, class_reduction)
+    focal_dice.check_options(activation, gamma, ignore_index, smooth, class_reduction, focal_weight, dice_weight)
     features, matrix, bias = _linear(features, weight, bias)
     shape = (features.shape[0], matrix.shape[0], *features.shape[2:])
     # Has the logits' shape, dtype and device but no memory of its size.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._arguments import triple
 from .dense_aspp3d import dense_aspp3d
 from .dilated_conv3d import dilated_conv3d
-from .focal_dice import Mode, check_options, focal_dice_loss
+from .focal_dice import Mode, alpha_tensor, check_options, focal_dice_loss
 from .norm_act import Activation, Norm, check_names, group_count, norm_act, recomputing
 from .roi_align3d import roi_align_3d
 from .roi_gather3d import check_padding, roi_gather_3d
@@ -422,7 +422,7 @@ class FocalDiceLoss(nn.Module):
         inplace_grad: bool = False,
     ) -> None:
         super().__init__()
-        check_options(activation, gamma, smooth, class_reduction)
+        check_options(activation, gamma, ignore_index, smooth, class_reduction, focal_weight, dice_weight)
         self.activation: Mode = activation
         self.gamma = gamma
         self.focal_weight = focal_weight
@@ -433,7 +433,7 @@ class FocalDiceLoss(nn.Module):
         self.smooth = smooth
         self.class_reduction: Literal["sum", "mean"] = class_reduction
         self.inplace_grad = inplace_grad
-        self.register_buffer("alpha", None if alpha is None else torch.as_tensor(alpha), persistent=False)
+        self.register_buffer("alpha", None if alpha is None else alpha_tensor(alpha), persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor, class_mask: Tensor | None = None) -> Tensor:
         """Logits (N, C, *spatial) and target -> scalar; class_mask (N, C) bool."""

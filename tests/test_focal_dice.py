@@ -464,10 +464,15 @@ def test_module_is_the_function() -> None:
         (ValueError, "from 0 to 5, expected 0 to 4", lambda x, t: (x, _set(t, 5), {})),
         (ValueError, "from -1 to 4", lambda x, t: (x, _set(t, -1), {})),
         (ValueError, "from -1 to", lambda x, t: (x, _set(t, -1), {"ignore_index": 3})),
+        (TypeError, "alpha must hold one number per class, got 'abc'", lambda x, t: (x, t, {"alpha": "abc"})),
+        (ValueError, "alpha must hold one number per class, got 0.25", lambda x, t: (x, t, {"alpha": 0.25})),
         (ValueError, "alpha must have 5", lambda x, t: (x, t, {"alpha": [1.0]})),
         (ValueError, "alpha must be finite", lambda x, t: (x, t, {"alpha": [1.0, -1, 1, 1, 1]})),
         (ValueError, "gamma", lambda x, t: (x, t, {"gamma": -1.0})),
         (ValueError, "gamma", lambda x, t: (x, t, {"gamma": float("nan")})),
+        (TypeError, "gamma must be a number, got '2'", lambda x, t: (x, t, {"gamma": "2"})),
+        (TypeError, "focal_weight must be a number, got '1'", lambda x, t: (x, t, {"focal_weight": "1"})),
+        (TypeError, "ignore_index must be None or an integer, got 1.5", lambda x, t: (x, t, {"ignore_index": 1.5})),
         (ValueError, "smooth", lambda x, t: (x, t, {"smooth": -1.0})),
         (ValueError, "tanh", lambda x, t: (x, t, {"activation": "tanh"})),
         (ValueError, "none", lambda x, t: (x, t, {"class_reduction": "none"})),
@@ -487,6 +492,24 @@ def test_bad_input(error: type[Exception], match: str, change: Callable[..., Any
     logits, target, options = change(*case(dtype=torch.float32))
     with pytest.raises(error, match=match):
         focal_dice_loss(logits, target, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "mode", "change"),
+    [
+        (ValueError, r"target must be \(2, 3, 4, 7\) for logits", SOFTMAX, lambda x, t: (x, t[:1])),
+        (ValueError, r"target must be \(2, 3, 4, 7\) for logits", SIGMOID, lambda x, t: (x, t[..., :2])),
+        (ValueError, "target must have the shape of logits", SIGMOID, lambda x, t: (x, (x > 0)[:1])),
+        (ValueError, "target must be", SOFTMAX_DICE_SIGMOID_FOCAL, lambda x, t: (x, x > 0)),
+        (TypeError, "logits must be floating point, got torch.int64", SOFTMAX, lambda x, t: (x.long(), t)),
+        (TypeError, "logits lie on cpu, target on meta", SIGMOID, lambda x, t: (x, t.to("meta"))),
+    ],
+)
+def test_the_primitive_refuses_what_kernels_would_read_beyond(
+    error: type[Exception], match: str, mode: int, change: Callable[..., Any]
+) -> None:
+    with pytest.raises(error, match=match):
+        class_sums(*change(*case()), mode=mode, gamma=2.0)
 
 
 def _set(target: Tensor, value: int) -> Tensor:

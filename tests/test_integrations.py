@@ -127,6 +127,23 @@ def test_monai_what_is_not_served() -> None:
         ours.DiceCELoss(sigmoid=True, to_onehot_y=True)(logits, target)
 
 
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (ValueError, "same batch and spatial sizes, got shape|a label map", lambda x, t: (x, t[:1])),
+        (ValueError, "same batch and spatial sizes, got shape|a label map", lambda x, t: (x, t[..., :3])),
+        (ValueError, r"must be \(N, C, \*spatial\)", lambda x, t: (x[:, :, 0, 0, 0], t[:, :, 0, 0, 0])),
+        (TypeError, "must be floating point, got torch.int64", lambda x, t: (x.long(), t)),
+        (TypeError, "target on meta", lambda x, t: (x, t.to("meta"))),
+    ],
+)
+def test_what_does_not_fit(error: type[Exception], match: str, change: Callable[..., Any]) -> None:
+    monai = (ours.DiceFocalLoss, ours.DiceCELoss, ours.GeneralizedDiceFocalLoss)
+    for loss in (*(kind(softmax=True, to_onehot_y=True) for kind in monai), nnunet.DC_and_CE_loss({}, {})):
+        with pytest.raises(error, match=match):
+            loss(*change(*case()))
+
+
 @pytest.mark.parametrize("batch_dice", [False, True])
 @pytest.mark.parametrize("do_bg", [False, True])
 @pytest.mark.parametrize("ignore_label", [None, 3, 255])

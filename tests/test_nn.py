@@ -219,6 +219,7 @@ def test_focal_dice_loss_passes_its_arguments_on() -> None:
     expected = focal_dice_loss(logits, target, alpha=torch.tensor([1.0, 2, 3]), class_mask=mask, **options)
     assert torch.equal(module(logits, target, mask), expected)
     assert not module.state_dict()
+    assert "alpha=3 values" in repr(module)
     assert module.double().alpha.dtype == torch.float64
 
 
@@ -255,6 +256,9 @@ def test_bad_arguments() -> None:
         (ValueError, "at least one branch", lambda: DenseASPP3d(4, dilations=[])),
         (ValueError, "roi_size must be positive", lambda: ROIGather3d(0)),
         (ValueError, "padding must be", lambda: ROIGather3d(2, padding="reflect")),
+        (ValueError, "alpha must hold one number per class, got 0.25", lambda: FocalDiceLoss(alpha=0.25)),
+        (ValueError, "alpha must be finite", lambda: FocalDiceLoss(alpha=[1.0, -1.0])),
+        (TypeError, "ignore_index must be None or an integer", lambda: FocalDiceLoss(ignore_index=1.5)),
     ]:
         with pytest.raises(error, match=match):
             build()

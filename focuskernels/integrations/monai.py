@@ -137,6 +137,9 @@ def _multi_hot(target: Tensor, input: Tensor) -> Tensor:
 
 
 def _check(input: Tensor, target: Tensor) -> None:
+    """Refuse shapes that do not fit; dtypes and devices `class_sums` refuses."""
+    if input.dim() < 3:
+        raise ValueError(f"input must be (N, C, *spatial), got shape {tuple(input.shape)}")
     if input.dim() != target.dim():
         raise ValueError(
             "the number of dimensions for input and target should be the same, "
@@ -145,6 +148,11 @@ def _check(input: Tensor, target: Tensor) -> None:
     if target.shape[1] not in (1, input.shape[1]):
         raise ValueError(
             "number of channels for target is neither 1 (without one-hot encoding) nor the same as input, "
+            f"got shape {tuple(input.shape)} and {tuple(target.shape)}"
+        )
+    if target.shape[:1] + target.shape[2:] != input.shape[:1] + input.shape[2:]:
+        raise ValueError(
+            "input and target must have the same batch and spatial sizes, "
             f"got shape {tuple(input.shape)} and {tuple(target.shape)}"
         )
 
