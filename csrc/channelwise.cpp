@@ -15,34 +15,11 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "channelwise.h"
+#include "outputs.h"
 
-// Vectors are passed between inlined functions only.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define ARCH portable
-#define ARCH_TARGET
-#define ARCH_BYTES 16
-#include "channelwise_kernels.h"
-#undef ARCH
-#undef ARCH_TARGET
-#undef ARCH_BYTES
-
-#ifdef __x86_64__
-#define ARCH avx2
-#define ARCH_TARGET __attribute__((target("avx2,fma,f16c")))
-#define ARCH_BYTES 32
-#define ARCH_X86
-#include "channelwise_kernels.h"
-#undef ARCH
-#undef ARCH_TARGET
-#undef ARCH_BYTES
-#undef ARCH_X86
-#endif
+#define KERNELS_FILE "channelwise_kernels.h"
+#include "variants.h"
 
 namespace {
 
@@ -52,28 +29,6 @@ using torch::stable::Tensor;
 
 // Elements that one thread works on before another may go on. Fixed, so that sums do not depend on the threads.
 constexpr int64_t kStrip = int64_t{1} << 16;
-constexpr int64_t kHugePageBytes = int64_t{4} << 20;  // from here on outputs ask for huge pages
-
-Kernels kernels_for(ScalarType type) {
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    switch (type) {
-      case ScalarType::Float: return avx2::kernels_of<avx2::FloatFormat<float>>();
-      case ScalarType::Double: return avx2::kernels_of<avx2::FloatFormat<double>>();
-      case ScalarType::Half: return avx2::kernels_of<avx2::HalfFormat>();
-      case ScalarType::BFloat16: return avx2::kernels_of<avx2::BFloat16Format>();
-      default: break;
-    }
-  }
-#endif
-  switch (type) {
-    case ScalarType::Float: return portable::kernels_of<portable::FloatFormat<float>>();
-    case ScalarType::Double: return portable::kernels_of<portable::FloatFormat<double>>();
-    case ScalarType::Half: return portable::kernels_of<portable::HalfFormat>();
-    case ScalarType::BFloat16: return portable::kernels_of<portable::BFloat16Format>();
-    default: STD_TORCH_CHECK(false, "channelwise: unsupported dtype ", torch::headeronly::toString(type));
-  }
-}
 
 // Whether the memory order is (N, D, H, W, C).
 bool is_channels_last(const Tensor& x) {
@@ -132,21 +87,6 @@ const void* table_of(const Tensor& table, const Tensor& x) {
   return table.const_data_ptr();
 }
 
-Tensor like(const Tensor& x) {
-  // empty_like keeps the strides of dense tensors.
-  Tensor out = torch::stable::empty_like(x);
-#ifdef __linux__
-  const auto bytes = static_cast<int64_t>(out.numel() * out.element_size());
-  if (bytes >= kHugePageBytes) {
-    // The first touch of fresh memory in small pages costs several times what writing it does.
-    constexpr uintptr_t kPage = 4096;
-    const auto first = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
-  }
-#endif
-  return out;
-}
-
 Problem problem_of(const Tensor& x, int64_t activation, double slope) {
   STD_TORCH_CHECK(activation >= kNone && activation <= kLeakyRelu, "channelwise: no activation ", activation);
   Problem p{};
@@ -198,7 +138,7 @@ Tensor combined(const Tensor& x, const Geometry& g, const std::vector<double>& p
 
 Tensor moments(const Tensor& x) {
   const Geometry g(x);
-  const Kernels kernels = kernels_for(x.scalar_type());
+  const Kernels kernels = OF_VARIANT(kernels_for(x.scalar_type()));
   const Problem p = problem_of(x, kNone, 0);
   std::vector<double> partial(g.items() * 2 * g.strip_channels());
   over_strips(g, [&](int64_t item) {
@@ -213,10 +153,10 @@ Tensor moments(const Tensor& x) {
 
 Tensor affine(const Tensor& x, const Tensor& table, std::optional<Tensor> residual, int64_t activation, double slope) {
   const Geometry g(x);
-  const Kernels kernels = kernels_for(x.scalar_type());
+  const Kernels kernels = OF_VARIANT(kernels_for(x.scalar_type()));
   if (residual) check_same(x, *residual, "the residual");
   const void* rows = table_of(table, x);
-  Tensor out = like(x);
+  Tensor out = output_like(x);
   Problem p = problem_of(x, activation, slope);
   p.other = residual ? residual->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
@@ -227,11 +167,11 @@ Tensor affine(const Tensor& x, const Tensor& table, std::optional<Tensor> residu
 std::tuple<Tensor, Tensor> affine_sums(const Tensor& grad, const Tensor& x, const Tensor& table,
                                        std::optional<Tensor> output, int64_t activation, double slope, bool keep) {
   const Geometry g(x);
-  const Kernels kernels = kernels_for(x.scalar_type());
+  const Kernels kernels = OF_VARIANT(kernels_for(x.scalar_type()));
   check_same(x, grad, "the gradient");
   if (output) check_same(x, *output, "the output");
   const void* rows = table_of(table, x);
-  Tensor kept = keep ? like(x) : torch::stable::new_empty(grad, {0});
+  Tensor kept = keep ? output_like(x) : torch::stable::new_empty(grad, {0});
   Problem p = problem_of(x, activation, slope);
   p.grad = grad.const_data_ptr();
   p.other = output ? output->const_data_ptr() : nullptr;
@@ -250,11 +190,11 @@ std::tuple<Tensor, Tensor> affine_sums(const Tensor& grad, const Tensor& x, cons
 Tensor affine_backward(const Tensor& grad, const Tensor& x, const Tensor& table, const Tensor& weights,
                        int64_t activation, double slope) {
   const Geometry g(x);
-  const Kernels kernels = kernels_for(x.scalar_type());
+  const Kernels kernels = OF_VARIANT(kernels_for(x.scalar_type()));
   check_same(x, grad, "the gradient");
   const void* rows = table_of(table, x);
   const void* weight_rows = table_of(weights, x);
-  Tensor out = like(x);
+  Tensor out = output_like(x);
   Problem p = problem_of(x, activation, slope);
   p.grad = grad.const_data_ptr();
   p.out = out.mutable_data_ptr();

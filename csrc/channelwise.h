@@ -2,9 +2,13 @@
 
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
 
 namespace channelwise {
+
+using torch::headeronly::ScalarType;
 
 enum Activation : int64_t { kNone, kRelu, kLeakyRelu };
 enum TableRow : int { kCenter, kScale, kShift, kRows };

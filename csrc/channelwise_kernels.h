@@ -1,8 +1,4 @@
-// The passes over one strip. Included once per instruction set:
-//   ARCH          namespace
-//   ARCH_TARGET   attribute of every function
-//   ARCH_BYTES    size of a register
-//   ARCH_X86      whether its instructions without a portable notation may be used
+// The passes over one strip; compiled once per instruction set (variants.h).
 //
 // Both layouts run through the same loops: numbers per channel are repeated in a row whose length, the period, is a
 // multiple of the channels and of a register, so that any number of channels takes whole registers. Sums are kept per
@@ -42,13 +38,9 @@ INLINE void store(T* x, V v) {
 template <class T, class V>
 INLINE void store_around_cache(T* x, V v) {
 #ifdef ARCH_X86
-  if constexpr (sizeof(V) == 32) {
-    typedef long long Long __attribute__((vector_size(32)));
-    __builtin_ia32_movntdq256(reinterpret_cast<Long*>(x), reinterpret_cast<Long>(v));
-  } else {
-    typedef long long Long __attribute__((vector_size(16)));
-    __builtin_ia32_movntdq(reinterpret_cast<Long*>(x), reinterpret_cast<Long>(v));
-  }
+  if constexpr (sizeof(V) == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(x), reinterpret_cast<__m512i>(v));
+  if constexpr (sizeof(V) == 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(x), reinterpret_cast<__m256i>(v));
+  if constexpr (sizeof(V) == 16) _mm_stream_si128(reinterpret_cast<__m128i*>(x), reinterpret_cast<__m128i>(v));
 #else
   store(x, v);
 #endif
@@ -84,9 +76,13 @@ struct HalfFormat {
   using V = Vec<float>::type;
   using Packed = HalfBits;
 #ifdef ARCH_X86
-  typedef int16_t Native __attribute__((vector_size(16)));
-  static INLINE V widen(HalfBits h) { return __builtin_ia32_vcvtph2ps256(reinterpret_cast<Native>(h)); }
-  static INLINE HalfBits narrow(V v) { return reinterpret_cast<HalfBits>(__builtin_ia32_vcvtps2ph256(v, 0)); }
+#if ARCH_BYTES == 64
+  static INLINE V widen(HalfBits h) { return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)); }
+  static INLINE HalfBits narrow(V v) { return reinterpret_cast<HalfBits>(_mm512_maskz_cvtps_ph(0xffff, v, 0)); }
+#else
+  static INLINE V widen(HalfBits h) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h)); }
+  static INLINE HalfBits narrow(V v) { return reinterpret_cast<HalfBits>(_mm256_cvtps_ph(v, 0)); }
+#endif
 #else
   static INLINE V widen(HalfBits h) {
     const Bits bits = __builtin_convertvector(h, Bits), magnitude = (bits & 0x7fff) << 13;
@@ -423,6 +419,16 @@ void backward(const Problem& p, const Strip& s) {
 template <class F>
 Kernels kernels_of() {
   return {&moments<F>, &affine<F>, &sums<F>, &backward<F>};
+}
+
+inline Kernels kernels_for(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return kernels_of<FloatFormat<float>>();
+    case ScalarType::Double: return kernels_of<FloatFormat<double>>();
+    case ScalarType::Half: return kernels_of<HalfFormat>();
+    case ScalarType::BFloat16: return kernels_of<BFloat16Format>();
+    default: STD_TORCH_CHECK(false, "channelwise: unsupported dtype ", torch::headeronly::toString(type));
+  }
 }
 
 #undef INLINE

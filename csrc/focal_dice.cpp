@@ -18,42 +18,17 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "focal_dice.h"
+#include "outputs.h"
 
-// Vectors are passed between inlined functions only.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define ARCH portable
-#define ARCH_TARGET
-#define ARCH_BYTES 16
-#include "focal_dice_kernels.h"
-#undef ARCH
-#undef ARCH_TARGET
-#undef ARCH_BYTES
-
-#ifdef __x86_64__
-#define ARCH avx2
-#define ARCH_TARGET __attribute__((target("avx2,fma,f16c")))
-#define ARCH_BYTES 32
-#define ARCH_X86
-#include "focal_dice_kernels.h"
-#undef ARCH
-#undef ARCH_TARGET
-#undef ARCH_BYTES
-#undef ARCH_X86
-#endif
+#define KERNELS_FILE "focal_dice_kernels.h"
+#include "variants.h"
 
 namespace {
 
 using namespace focal_dice;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kHugePageBytes = int64_t{4} << 20;  // from here on outputs ask for huge pages and bypass the cache
 
 template <class Label>
 int64_t decode(const Problem& p, const Sample& s, int64_t start, int count, int32_t* slots) {
@@ -81,27 +56,6 @@ Decode decode_for(ScalarType type) {
     case ScalarType::Int: return &decode<int32_t>;
     case ScalarType::Long: return &decode<int64_t>;
     default: STD_TORCH_CHECK(false, "focal_dice: unsupported target dtype ", torch::headeronly::toString(type));
-  }
-}
-
-Kernels kernels_for(ScalarType type, bool multi_hot) {
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    switch (type) {
-      case ScalarType::Float: return avx2::kernels_of<avx2::FloatFormat<float>>(multi_hot);
-      case ScalarType::Double: return avx2::kernels_of<avx2::FloatFormat<double>>(multi_hot);
-      case ScalarType::Half: return avx2::kernels_of<avx2::HalfFormat>(multi_hot);
-      case ScalarType::BFloat16: return avx2::kernels_of<avx2::BFloat16Format>(multi_hot);
-      default: break;
-    }
-  }
-#endif
-  switch (type) {
-    case ScalarType::Float: return portable::kernels_of<portable::FloatFormat<float>>(multi_hot);
-    case ScalarType::Double: return portable::kernels_of<portable::FloatFormat<double>>(multi_hot);
-    case ScalarType::Half: return portable::kernels_of<portable::HalfFormat>(multi_hot);
-    case ScalarType::BFloat16: return portable::kernels_of<portable::BFloat16Format>(multi_hot);
-    default: STD_TORCH_CHECK(false, "focal_dice: unsupported dtype ", torch::headeronly::toString(type));
   }
 }
 
@@ -143,25 +97,10 @@ std::vector<Sample> samples_of(const Problem& p, const std::optional<Tensor>& cl
   return samples;
 }
 
-Tensor like(const Tensor& logits) {
-  // empty_like keeps the strides of dense tensors.
-  Tensor grad = torch::stable::empty_like(logits);
-#ifdef __linux__
-  const auto bytes = static_cast<int64_t>(grad.numel() * grad.element_size());
-  if (bytes >= kHugePageBytes) {
-    // The first touch of fresh memory in small pages costs several times what writing it does.
-    constexpr uintptr_t kPage = 4096;
-    const auto first = (reinterpret_cast<uintptr_t>(grad.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
-  }
-#endif
-  return grad;
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, int64_t mode, double gamma,
                                    std::optional<int64_t> ignore, std::optional<Tensor> class_mask) {
   const Problem p = problem_of(logits, target, mode, gamma, ignore);
-  const Kernels kernels = kernels_for(logits.scalar_type(), p.multi_hot);
+  const Kernels kernels = OF_VARIANT(kernels_for(logits.scalar_type(), p.multi_hot));
   const Decode decode = p.multi_hot ? nullptr : decode_for(target.scalar_type());
   const std::vector<Sample> samples = samples_of(p, class_mask);
   const bool wide = logits.scalar_type() == ScalarType::Double;
@@ -208,7 +147,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, i
 
 void run_backward(Problem p, const Tensor& logits, const Tensor& target, const Tensor& grad_sums, Tensor& grad,
                   const std::optional<Tensor>& class_mask, bool fresh) {
-  const Kernels kernels = kernels_for(logits.scalar_type(), p.multi_hot);
+  const Kernels kernels = OF_VARIANT(kernels_for(logits.scalar_type(), p.multi_hot));
   const Decode decode = p.multi_hot ? nullptr : decode_for(target.scalar_type());
   std::vector<Sample> samples = samples_of(p, class_mask);
   const bool wide = grad_sums.scalar_type() == ScalarType::Double;
@@ -244,7 +183,7 @@ void run_backward(Problem p, const Tensor& logits, const Tensor& target, const T
 Tensor backward(const Tensor& logits, const Tensor& target, const Tensor& grad_sums, int64_t mode, double gamma,
                 std::optional<int64_t> ignore, std::optional<Tensor> class_mask) {
   const Problem p = problem_of(logits, target, mode, gamma, ignore);
-  Tensor grad = like(logits);
+  Tensor grad = output_like(logits);
   run_backward(p, logits, target, grad_sums, grad, class_mask, true);
   return grad;
 }

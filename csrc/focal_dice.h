@@ -2,10 +2,14 @@
 
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
 #include <vector>
 
 namespace focal_dice {
+
+using torch::headeronly::ScalarType;
 
 enum Mode : int64_t { kSoftmax = 0, kSigmoid = 1, kSoftmaxDiceSigmoidFocal = 2 };
 enum Row : int { kIntersection, kPrediction, kTarget, kFocal, kFocalOutside, kVoxels, kRows };

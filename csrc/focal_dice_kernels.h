@@ -1,8 +1,4 @@
-// Focal and dice sums of a chunk of voxels, and their gradient. Included once per instruction set:
-//   ARCH          namespace
-//   ARCH_TARGET   attribute of every function
-//   ARCH_BYTES    size of a register
-//   ARCH_X86      whether its instructions without a portable notation may be used
+// Focal and dice sums of a chunk of voxels, and their gradient; compiled once per instruction set (variants.h).
 //
 // Channels first, plane after plane is copied into a tile in the first-level cache: the planes of a volume often lie a
 // power of two apart, so that their lines would evict each other if they were read side by side. A tile is a row of
@@ -53,6 +49,12 @@ INLINE V all(Real x) {
   return x - V{};
 }
 
+#ifdef ARCH_X86
+// What the instructions of 256 bits take, whatever a register's size.
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Sixteen __attribute__((vector_size(64)));
+#endif
+
 template <class Real>
 INLINE Real sum(typename Vec<Real>::type v) {
   Real total = 0;
@@ -64,13 +66,14 @@ INLINE Real sum(typename Vec<Real>::type v) {
 template <class Real, class V>
 INLINE V larger(V x, V least) {
 #ifdef ARCH_X86
-  if constexpr (sizeof(Real) == 4) return __builtin_ia32_maxps256(least, x);
+  if constexpr (std::is_same_v<V, Eight>) return _mm256_max_ps(least, x);
+  if constexpr (std::is_same_v<V, Sixteen>) return _mm512_maskz_max_ps(0xffff, least, x);
 #endif
   return least > x ? least : x;
 }
 
-// What exp_of needs. In a loop over classes there are more constants than registers, and the compiler would rather
-// keep them than the sums; behind a pointer that it cannot see through they are operands in memory.
+// What exp_of needs. In a loop over classes there are more constants than registers (but for AVX-512), and the compiler
+// would rather keep them than the sums; behind a pointer that it cannot see through they are operands in memory.
 struct ExpConstants {
   static constexpr int kLanes = ARCH_BYTES / sizeof(float), kCount = 10;
   float values[kCount][kLanes] __attribute__((aligned(64)));
@@ -170,9 +173,21 @@ struct FloatFormat {
   using Value = Real;
   using Storage = Real;
   static constexpr bool kPlain = true;
-  static INLINE typename Vec<Real>::type load_vector(const Real* x) { return load<Real>(x); }
+  template <class V>
+  static INLINE V load_vector(const Real* x) {
+    V v;
+    std::memcpy(&v, x, sizeof(v));
+    return v;
+  }
   static INLINE Real load_one(Real x) { return x; }
   static INLINE Real store_one(Real x) { return x; }
+};
+
+// 16-bit numbers, and the 32-bit ones that they become, of a register of floats.
+template <class V>
+struct Halves {
+  typedef uint16_t narrow __attribute__((vector_size(sizeof(V) / 2)));
+  typedef int32_t wide __attribute__((vector_size(sizeof(V))));
 };
 
 struct BFloat16Format {
@@ -180,11 +195,11 @@ struct BFloat16Format {
   using Storage = uint16_t;
   static constexpr bool kPlain = false;
   static INLINE float load_one(uint16_t x) { return std::bit_cast<float>(static_cast<uint32_t>(x) << 16); }
-  static INLINE VF load_vector(const uint16_t* x) {
-    typedef uint16_t Half __attribute__((vector_size(ARCH_BYTES / 2)));
-    Half half;
+  template <class V>
+  static INLINE V load_vector(const uint16_t* x) {
+    typename Halves<V>::narrow half;
     std::memcpy(&half, x, sizeof(half));
-    return reinterpret_cast<VF>(__builtin_convertvector(half, VI) << 16);
+    return reinterpret_cast<V>(__builtin_convertvector(half, typename Halves<V>::wide) << 16);
   }
   static INLINE uint16_t store_one(float x) {
     const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -204,15 +219,13 @@ struct HalfFormat {
     const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
     return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | static_cast<uint32_t>(x & 0x8000) << 16);
   }
-  static INLINE VF load_vector(const uint16_t* x) {
+  template <class V>
+  static INLINE V load_vector(const uint16_t* x) {
 #ifdef ARCH_X86
-    typedef int16_t Packed __attribute__((vector_size(16)));
-    Packed packed;
-    std::memcpy(&packed, x, sizeof(packed));
-    return __builtin_ia32_vcvtph2ps256(packed);
+    if constexpr (std::is_same_v<V, Sixteen>) return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    if constexpr (std::is_same_v<V, Eight>) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 #else
-    typedef uint16_t Half __attribute__((vector_size(ARCH_BYTES / 2)));
-    Half half;
+    Halves<VF>::narrow half;
     std::memcpy(&half, x, sizeof(half));
     const VI bits = __builtin_convertvector(half, VI);
     const VI magnitude = (bits & 0x7fff) << 13;
@@ -236,11 +249,9 @@ struct HalfFormat {
 template <class Storage>
 INLINE void store_streaming(Storage* to, const Storage* row) {
 #ifdef ARCH_X86
-  typedef long long Chunk __attribute__((vector_size(32)));
-  for (unsigned i = 0; i < kBlock * sizeof(Storage) / sizeof(Chunk); ++i) {
-    Chunk chunk;
-    std::memcpy(&chunk, reinterpret_cast<const char*>(row) + i * sizeof(Chunk), sizeof(Chunk));
-    __builtin_ia32_movntdq256(reinterpret_cast<Chunk*>(to) + i, chunk);
+  const auto* from = reinterpret_cast<const __m256i*>(row);
+  for (unsigned i = 0; i < kBlock * sizeof(Storage) / sizeof(*from); ++i) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i, _mm256_loadu_si256(from + i));
   }
 #else
   std::memcpy(to, row, kBlock * sizeof(Storage));
@@ -248,11 +259,12 @@ INLINE void store_streaming(Storage* to, const Storage* row) {
 }
 
 #ifdef ARCH_X86
-INLINE void transpose(VF (&rows)[8]) {
-  constexpr VI kLow = {0, 8, 1, 9, 4, 12, 5, 13}, kHigh = {2, 10, 3, 11, 6, 14, 7, 15};
-  constexpr VI kLowPairs = {0, 1, 8, 9, 4, 5, 12, 13}, kHighPairs = {2, 3, 10, 11, 6, 7, 14, 15};
-  constexpr VI kLowHalves = {0, 1, 2, 3, 8, 9, 10, 11}, kHighHalves = {4, 5, 6, 7, 12, 13, 14, 15};
-  VF singles[8], pairs[8];
+INLINE void transpose(Eight (&rows)[8]) {
+  typedef int32_t Order __attribute__((vector_size(32)));
+  constexpr Order kLow = {0, 8, 1, 9, 4, 12, 5, 13}, kHigh = {2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr Order kLowPairs = {0, 1, 8, 9, 4, 5, 12, 13}, kHighPairs = {2, 3, 10, 11, 6, 7, 14, 15};
+  constexpr Order kLowHalves = {0, 1, 2, 3, 8, 9, 10, 11}, kHighHalves = {4, 5, 6, 7, 12, 13, 14, 15};
+  Eight singles[8], pairs[8];
   for (int i = 0; i < 8; i += 2) {
     singles[i] = __builtin_shuffle(rows[i], rows[i + 1], kLow);
     singles[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], kHigh);
@@ -324,8 +336,8 @@ INLINE void load_transposed(const typename Format::Storage* x, int64_t classes, 
   if constexpr (std::is_same_v<Real, float>) {
     for (int i = 0; i < kBlock; i += 8) {
       for (int64_t c = 0; c < classes; c += 8) {
-        VF rows[8];
-        for (int v = 0; v < 8; ++v) rows[v] = Format::load_vector(x + (i + v) * classes + c);
+        Eight rows[8];
+        for (int v = 0; v < 8; ++v) rows[v] = Format::template load_vector<Eight>(x + (i + v) * classes + c);
         transpose(rows);
         const int count = classes - c < 8 ? static_cast<int>(classes - c) : 8;
         for (int v = 0; v < count; ++v) store(block + s.slots[c + v] * kBlock + i, rows[v]);
@@ -377,7 +389,7 @@ INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int coun
       Real* row = tile.block(b) + a * kBlock;
       Real* top = tile.top + b * kBlock;
       for (int i = 0; i < kBlock; i += kLanes<Real>) {
-        const V v = Format::load_vector(plane + b * kBlock + i), t = load(top + i);
+        const V v = Format::template load_vector<V>(plane + b * kBlock + i), t = load(top + i);
         store(row + i, v);
         store(top + i, larger<Real>(t, v));
       }
@@ -397,9 +409,8 @@ template <class Format, class Real>
 INLINE void store_block(typename Format::Storage* out, const Real* row, Format) {
 #ifdef ARCH_X86
   if constexpr (std::is_same_v<Format, HalfFormat>) {
-    for (int i = 0; i < kBlock; i += kLanes<float>) {
-      const auto packed = __builtin_ia32_vcvtps2ph256(load(row + i), 0);
-      std::memcpy(out + i, &packed, sizeof(packed));
+    for (int i = 0; i < kBlock; i += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(row + i), 0));
     }
     return;
   }
@@ -425,13 +436,13 @@ INLINE void store_transposed(const float* block, int classes, float* to) {
   for (int i = 0; i < kBlock; i += 8) {
     for (int c = 0; c < classes; c += 8) {
       const int count = classes - c < 8 ? classes - c : 8;
-      VF rows[8];
-      for (int v = 0; v < 8; ++v) rows[v] = load(block + (v < count ? c + v : c) * kBlock + i);
+      Eight rows[8];
+      for (int v = 0; v < 8; ++v) rows[v] = _mm256_loadu_ps(block + (v < count ? c + v : c) * kBlock + i);
       transpose(rows);
       for (int v = 0; v < 8; ++v) {
         float* voxel = to + (i + v) * classes + c;
         if (count == 8) {
-          store(voxel, rows[v]);
+          _mm256_storeu_ps(voxel, rows[v]);
         } else {
           for (int j = 0; j < count; ++j) voxel[j] = rows[v][j];
         }
@@ -587,7 +598,7 @@ INLINE void exponentials(Real* block, const Real* top, Real* others, const Real*
     const ExpConstants* k = &constants;
     Real* row = block + i;
     for (int a = 0; a < slots; ++a, row += kBlock) {
-      __asm__("" : "+r"(k));
+      if constexpr (ARCH_BYTES < 64) __asm__("" : "+r"(k));
       for (int v = 0; v < kGroup; ++v) {
         const V e = exp_of(load(row + v * kStep) - tops[v], *k);
         store(row + v * kStep, e);
@@ -941,6 +952,16 @@ template <class Format>
 Kernels kernels_of(bool multi_hot) {
   if (multi_hot) return {&forward_channels<Format>, &backward_channels<Format>};
   return {&forward_labels<Format>, &backward_labels<Format>};
+}
+
+inline Kernels kernels_for(ScalarType type, bool multi_hot) {
+  switch (type) {
+    case ScalarType::Float: return kernels_of<FloatFormat<float>>(multi_hot);
+    case ScalarType::Double: return kernels_of<FloatFormat<double>>(multi_hot);
+    case ScalarType::Half: return kernels_of<HalfFormat>(multi_hot);
+    case ScalarType::BFloat16: return kernels_of<BFloat16Format>(multi_hot);
+    default: STD_TORCH_CHECK(false, "focal_dice: unsupported dtype ", torch::headeronly::toString(type));
+  }
 }
 
 #undef INLINE
