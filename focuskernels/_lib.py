@@ -16,6 +16,12 @@ log = logging.getLogger("focuskernels")
 
 DEVICE_TYPES = ("cpu", "cuda")
 REFERENCE = "reference"
+#: The dtypes that kernels in C++ take; those in Triton take all but float64. A number for one is its place here.
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: Along the second and the third axis of a CUDA grid.
+MOST_PROGRAMS = 65535
+#: What 32 bits number, with the rest of the last tile.
+MOST_VOXELS = 2**31 - 2**12
 
 _LIBRARY = torch.library.Library("focuskernels", "DEF")
 _KERNELS: dict[str, dict[str, tuple["Kernel", ...]]] = {}
@@ -134,6 +140,16 @@ def csrc_missing(library: str = "_C") -> str | None:
         log.warning("focuskernels: %s does not load: %s", found[0].name, error)
         return f"{found[0].name} does not load: {error}"
     return None
+
+
+def unsupported(x: Tensor, *_: Any) -> str | None:
+    """None, or why no kernel in C++ serves the dtype of `x`."""
+    return None if x.dtype in DTYPES else f"no kernel for {x.dtype}"
+
+
+def unsupported_by_triton(x: Tensor, *_: Any) -> str | None:
+    """None, or why no kernel in Triton serves the dtype of `x`."""
+    return "no kernel for torch.float64" if x.dtype == torch.float64 else unsupported(x)
 
 
 def csrc_kernel(name: str, why_not: Callable[..., str | None] = _works_for_any_input) -> Kernel:

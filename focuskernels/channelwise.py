@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lib import csrc_kernel, define, layout_of, triton_kernel
+from ._lib import MOST_PROGRAMS, csrc_kernel, define, layout_of, triton_kernel, unsupported, unsupported_by_triton
 from .reference import channelwise as reference
 from .reference.channelwise import ACTIVATIONS, table_dtype
 
 __all__ = ["ACTIVATIONS", "affine", "affine_backward", "affine_sums", "dense", "moments", "table_dtype"]
 
 _PUBLIC = ("norm_act", "se_residual", "norm_se_residual")
-_HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
@@ -24,15 +23,11 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.contiguous(memory_format=layout_of(x if like is None else like))
 
 
-def _unsupported(x: Tensor, *_: Any) -> str | None:
-    return None if x.dtype in (*_HALF_OR_FLOAT, torch.float64) else f"no kernel for {x.dtype}"
-
-
-def _unsupported_by_triton(x: Tensor, *_: Any) -> str | None:
-    if x.dtype not in _HALF_OR_FLOAT:
-        return f"no kernel for {x.dtype}"
+def _not_in_triton(x: Tensor, *_: Any) -> str | None:
     # A grid's third axis is the batch, its second the channels, one by one where they come first.
-    return f"{tuple(x.shape)} has too many samples or channels" if max(x.shape[:2]) > 65535 else None
+    if max(x.shape[:2]) > MOST_PROGRAMS:
+        return f"{tuple(x.shape)} has too many samples or channels"
+    return unsupported_by_triton(x)
 
 
 def _sums_like(x: Tensor) -> Tensor:
@@ -50,16 +45,16 @@ moments = define(
     op=_PUBLIC,
     reference=reference.moments,
     fake=_sums_like,
-    cpu=[csrc_kernel("channel_moments", _unsupported)],
-    cuda=[triton_kernel("channelwise", "moments", _unsupported_by_triton)],
+    cpu=[csrc_kernel("channel_moments", unsupported)],
+    cuda=[triton_kernel("channelwise", "moments", _not_in_triton)],
 )
 affine = define(
     "channel_affine(Tensor x, Tensor table, Tensor? residual, int activation, float slope) -> Tensor",
     op=_PUBLIC,
     reference=reference.affine,
     fake=lambda x, *_: torch.empty_like(x),
-    cpu=[csrc_kernel("channel_affine", _unsupported)],
-    cuda=[triton_kernel("channelwise", "affine", _unsupported_by_triton)],
+    cpu=[csrc_kernel("channel_affine", unsupported)],
+    cuda=[triton_kernel("channelwise", "affine", _not_in_triton)],
 )
 affine_sums = define(
     "channel_affine_sums(Tensor grad, Tensor x, Tensor table, Tensor? out, int activation, float slope, bool keep)"
@@ -67,8 +62,8 @@ affine_sums = define(
     op=_PUBLIC,
     reference=reference.affine_sums,
     fake=_fake_sums,
-    cpu=[csrc_kernel("channel_affine_sums", _unsupported)],
-    cuda=[triton_kernel("channelwise", "affine_sums", _unsupported_by_triton)],
+    cpu=[csrc_kernel("channel_affine_sums", unsupported)],
+    cuda=[triton_kernel("channelwise", "affine_sums", _not_in_triton)],
 )
 affine_backward = define(
     "channel_affine_backward(Tensor grad, Tensor x, Tensor table, Tensor weights, int activation, float slope)"
@@ -76,6 +71,6 @@ affine_backward = define(
     op=_PUBLIC,
     reference=reference.affine_backward,
     fake=lambda grad, x, *_: torch.empty_like(x),
-    cpu=[csrc_kernel("channel_affine_backward", _unsupported)],
-    cuda=[triton_kernel("channelwise", "affine_backward", _unsupported_by_triton)],
+    cpu=[csrc_kernel("channel_affine_backward", unsupported)],
+    cuda=[triton_kernel("channelwise", "affine_backward", _not_in_triton)],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import values_are_readable
-from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel
+from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel, unsupported, unsupported_by_triton
 from .reference import focal_dice as reference
 from .reference.focal_dice import SIGMOID, SOFTMAX
 
@@ -381,18 +381,13 @@ class _ClassSums(torch.autograd.Function):
 
 
 _TARGETS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _unsupported(logits: Tensor, *_: Any) -> str | None:
-    return None if logits.dtype in (*_FLOATS, torch.float64) else f"no kernel for {logits.dtype}"
-
-
-def _unsupported_by_triton(logits: Tensor, *_: Any) -> str | None:
-    if logits.dtype not in _FLOATS:
-        return f"no kernel for {logits.dtype}"
+def _not_in_triton(logits: Tensor, *_: Any) -> str | None:
     # A program holds all classes of its voxels in registers.
-    return f"{logits.shape[1]} classes, at most 1024 are supported" if logits.shape[1] > 1024 else None
+    if logits.shape[1] > 1024:
+        return f"{logits.shape[1]} classes, at most 1024 are supported"
+    return unsupported_by_triton(logits)
 
 
 def _fake_forward(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -413,22 +408,22 @@ forward_op = define(
     op=("focal_dice_loss", "focal_dice_sums"),
     reference=reference.forward,
     fake=_fake_forward,
-    cpu=[csrc_kernel("focal_dice_forward", _unsupported)],
-    cuda=[triton_kernel("focal_dice", "forward", _unsupported_by_triton)],
+    cpu=[csrc_kernel("focal_dice_forward", unsupported)],
+    cuda=[triton_kernel("focal_dice", "forward", _not_in_triton)],
 )
 _backward = define(
     f"focal_dice_bwd(Tensor logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> Tensor",
     op=("focal_dice_loss", "focal_dice_sums"),
     reference=reference.backward,
     fake=_fake_backward,
-    cpu=[csrc_kernel("focal_dice_backward", _unsupported)],
-    cuda=[triton_kernel("focal_dice", "backward", _unsupported_by_triton)],
+    cpu=[csrc_kernel("focal_dice_backward", unsupported)],
+    cuda=[triton_kernel("focal_dice", "backward", _not_in_triton)],
 )
 backward_op_ = define(
     f"focal_dice_bwd_(Tensor(a!) logits, Tensor target, Tensor grad_sums, {_OPTIONS}) -> ()",
     op=("focal_dice_loss", "focal_dice_sums"),
     reference=reference.backward_,
     fake=lambda *_: None,
-    cpu=[csrc_kernel("focal_dice_backward_", _unsupported)],
-    cuda=[triton_kernel("focal_dice", "backward_", _unsupported_by_triton)],
+    cpu=[csrc_kernel("focal_dice_backward_", unsupported)],
+    cuda=[triton_kernel("focal_dice", "backward_", _not_in_triton)],
 )

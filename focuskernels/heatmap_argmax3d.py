@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._lib import csrc_kernel, define, triton_kernel
+from ._lib import MOST_PROGRAMS, csrc_kernel, define, triton_kernel, unsupported, unsupported_by_triton
 from .reference import heatmap_argmax3d as reference
 
 
@@ -72,20 +72,10 @@ class _ArgMax(torch.autograd.Function):
         return flat.scatter(2, position.unsqueeze(2), grad.unsqueeze(2)).view(ctx.shape)
 
 
-def _unsupported(heatmaps: Tensor) -> str | None:
-    supported = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    return None if heatmaps.dtype in supported else f"no kernel for {heatmaps.dtype}"
-
-
-_MOST_PROGRAMS = 65535  # along the third axis of a CUDA grid
-
-
 def _not_in_triton(heatmaps: Tensor) -> str | None:
-    if heatmaps.dtype == torch.float64:
-        return "no kernel for torch.float64"
-    if max(heatmaps.shape[:2]) > _MOST_PROGRAMS:
-        return f"{tuple(heatmaps.shape[:2])} samples and maps, at most {_MOST_PROGRAMS} are supported"
-    return _unsupported(heatmaps)
+    if max(heatmaps.shape[:2]) > MOST_PROGRAMS:
+        return f"{tuple(heatmaps.shape[:2])} samples and maps, at most {MOST_PROGRAMS} are supported"
+    return unsupported_by_triton(heatmaps)
 
 
 def _fake_forward(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +88,6 @@ _forward = define(
     op="heatmap_argmax_3d",
     reference=reference.argmax,
     fake=_fake_forward,
-    cpu=[csrc_kernel("heatmap_argmax_3d", _unsupported)],
+    cpu=[csrc_kernel("heatmap_argmax_3d", unsupported)],
     cuda=[triton_kernel("heatmap_argmax3d", "argmax", _not_in_triton)],
 )

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from . import focal_dice
 from ._arguments import cast_for_autocast, require_float
-from ._lib import Kernel, csrc_missing, define, forbid_double_backward, log, triton_kernel, triton_missing
+from ._lib import (
+    MOST_PROGRAMS,
+    Kernel,
+    csrc_missing,
+    define,
+    forbid_double_backward,
+    log,
+    triton_kernel,
+    triton_missing,
+)
 from .focal_dice import ClassSums, Mode
 from .reference import focal_dice as loss_reference
 from .reference import linear_focal_dice as reference
@@ -207,8 +216,6 @@ def _top_class(logits: Tensor) -> tuple[Tensor, Tensor]:
 #: Features that fit into the registers of one program, and classes times features, both rounded up to powers of 2.
 MOST_FEATURES = 64
 MOST_WEIGHTS = {torch.bfloat16: 4096, torch.float16: 4096, torch.float32: 1024}
-#: Of a launch.
-MOST_SAMPLES = 65535
 
 
 def why_not(features: Tensor, weight: Tensor) -> str | None:
@@ -219,7 +226,7 @@ def why_not(features: Tensor, weight: Tensor) -> str | None:
     classes, channels = weight.shape
     if channels > MOST_FEATURES or max(16, _rounded(classes)) * max(16, _rounded(channels)) > most:
         return f"{classes} classes of {channels} features in {features.dtype}"
-    return None if len(features) <= MOST_SAMPLES else f"{len(features)} samples, at most {MOST_SAMPLES}"
+    return None if len(features) <= MOST_PROGRAMS else f"{len(features)} samples, at most {MOST_PROGRAMS}"
 
 
 def _rounded(size: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_float, values_are_readable
-from ._lib import csrc_kernel, define, triton_kernel
+from ._lib import MOST_PROGRAMS, MOST_VOXELS, csrc_kernel, define, triton_kernel
 from .reference import paste_rois3d as reference
 from .roi_gather3d import check_centers
 
@@ -88,15 +88,11 @@ def _class_values(classes: Sequence[int] | Tensor, count: int, labels: Tensor) -
     return values
 
 
-_MOST_PROGRAMS = 65535  # along the second axis of a CUDA grid
-_MOST_VOXELS = 2**31 - 2**12  # are numbered with 32 bits, and so is the rest of the last tile
-
-
 def _not_in_triton(labels: Tensor, logits: Sequence[Tensor], *_: Any) -> str | None:
     if any(roi.dtype == torch.float64 for roi in logits):
         return "no kernel for torch.float64"
     samples, voxels = labels.shape[0], labels.shape[1:].numel()
-    if samples > _MOST_PROGRAMS or voxels > _MOST_VOXELS:
+    if samples > MOST_PROGRAMS or voxels > MOST_VOXELS:
         return f"labels of {tuple(labels.shape)} are too large"
     return None
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_float, triple, values_are_readable
-from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel
+from ._lib import DTYPES, MOST_PROGRAMS, MOST_VOXELS, csrc_kernel, define, forbid_double_backward, triton_kernel
 from .reference import roi_align3d as reference
-from .reference.roi_gather3d import DTYPES, is_channels_last
+from .reference.roi_gather3d import is_channels_last
 
 
 def roi_align_3d(
@@ -162,15 +162,11 @@ def _fake_backward(grad: Tensor, *arguments: Any) -> Tensor:
     return reference.empty_gradient(grad, *arguments[-3:])
 
 
-_MOST_PROGRAMS = 65535  # along the third axis of a CUDA grid
-_MOST_VOXELS = 2**31 - 2**12  # are numbered with 32 bits, and so is the rest of the last tile
-
-
 def _forward_not_in_triton(input: Tensor, rois: Tensor, output_size: Sequence[int], *_: Any) -> str | None:
     if input.dtype == torch.float64:
         return "no kernel for torch.float64"
-    if len(rois) > _MOST_PROGRAMS:
-        return f"{len(rois)} ROIs, at most {_MOST_PROGRAMS} are supported"
+    if len(rois) > MOST_PROGRAMS:
+        return f"{len(rois)} ROIs, at most {MOST_PROGRAMS} are supported"
     return _too_large(input.shape, output_size)
 
 
@@ -178,14 +174,14 @@ def _backward_not_in_triton(grad: Tensor, *arguments: Any) -> str | None:
     *_, shape, dtype, _channels_last = arguments
     if torch.float64 in (grad.dtype, DTYPES[dtype]):
         return "no kernel for torch.float64"
-    if shape[0] > _MOST_PROGRAMS:
-        return f"{shape[0]} samples, at most {_MOST_PROGRAMS} are supported"
+    if shape[0] > MOST_PROGRAMS:
+        return f"{shape[0]} samples, at most {MOST_PROGRAMS} are supported"
     return _too_large(shape, grad.shape[2:])
 
 
 def _too_large(shape: Sequence[int], output_size: Sequence[int]) -> str | None:
     voxels = max(prod(shape[2:]), prod(output_size))
-    return f"{voxels} voxels, at most {_MOST_VOXELS} are supported" if voxels > _MOST_VOXELS else None
+    return f"{voxels} voxels, at most {MOST_VOXELS} are supported" if voxels > MOST_VOXELS else None
 
 
 _OPTIONS = "float[] scale, int sampling_ratio, bool aligned"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_float, triple, values_are_readable
-from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel
+from ._lib import DTYPES, MOST_PROGRAMS, csrc_kernel, define, forbid_double_backward, triton_kernel
 from .reference import roi_gather3d as reference
 
 Padding: TypeAlias = Literal["zeros", "border"]
@@ -322,7 +322,7 @@ def _remember(ctx: Any, centers: Tensor, options: _Options, sources: Sequence[Te
     boxes = _boxes(centers, options)
     first = 0
     for i, (source, wanted) in enumerate(zip(sources, ctx.needs_input_grad[2:], strict=True)):
-        dtype = reference.DTYPES.index(source.dtype)
+        dtype = DTYPES.index(source.dtype)
         about = _Source(source.shape, first, dtype, reference.is_channels_last(source))
         ctx.sources.append(about if wanted else None)
         first += boxes.width(i, source.shape[1])
@@ -367,7 +367,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor], bases: list[Tensor]) -> tuple[
 
 def _like(base: Tensor, source: _Source) -> Tensor:
     layout = torch.channels_last_3d if source.channels_last else torch.contiguous_format
-    return base.to(reference.DTYPES[source.dtype]).contiguous(memory_format=layout)
+    return base.to(DTYPES[source.dtype]).contiguous(memory_format=layout)
 
 
 def _fake_forward(sources: Sequence[Tensor], *boxes: Any) -> list[Tensor]:
@@ -383,25 +383,22 @@ def _fake_centers_backward(grads: Sequence[Tensor], sources: Sequence[Tensor], c
     return torch.empty_like(centers)
 
 
-_MOST_PROGRAMS = 65535  # along the third axis of a CUDA grid
-
-
 def _forward_not_in_triton(sources: Sequence[Tensor], centers: Tensor, *_: Any) -> str | None:
     for source in sources:
         if source.dtype == torch.float64:
             return "no kernel for torch.float64"
         if source.shape[2:].numel() >= 2**31:
             return f"{source.shape[2:].numel()} voxels, at most 2^31 - 1 are supported"
-    return f"{len(centers)} ROIs, at most {_MOST_PROGRAMS} are supported" if len(centers) > _MOST_PROGRAMS else None
+    return f"{len(centers)} ROIs, at most {MOST_PROGRAMS} are supported" if len(centers) > MOST_PROGRAMS else None
 
 
 def _backward_not_in_triton(grads: Sequence[Tensor], *arguments: Any) -> str | None:
     *_, shapes, _first_channels, dtypes, _channels_last, _border = arguments
-    if torch.float64 in (grads[0].dtype, *(reference.DTYPES[dtype] for dtype in dtypes)):
+    if torch.float64 in (grads[0].dtype, *(DTYPES[dtype] for dtype in dtypes)):
         return "no kernel for torch.float64"
     for i in range(len(dtypes)):
         samples, _, depth, height, width = shapes[5 * i : 5 * i + 5]
-        if depth * height * width >= 2**31 or samples > _MOST_PROGRAMS:
+        if depth * height * width >= 2**31 or samples > MOST_PROGRAMS:
             return f"a source of {shapes[5 * i : 5 * i + 5]} is too large"
     return None
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from focuskernels import roi_align3d as module
 from focuskernels import roi_align_3d
+from focuskernels._lib import DTYPES
 from focuskernels.nn import ROIAlign3d
 from focuskernels.reference import roi_align3d as reference
-from focuskernels.reference.roi_gather3d import DTYPES
 
 Pair = tuple[int, int]
 

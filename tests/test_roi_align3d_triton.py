@@ -10,8 +10,8 @@ from torch import Tensor
 from triton_runs import skip_unless_kernels_run
 
 from focuskernels import roi_align_3d
+from focuskernels._lib import DTYPES
 from focuskernels.reference import roi_align3d as reference
-from focuskernels.reference.roi_gather3d import DTYPES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from focuskernels import roi_gather3d as module
 from focuskernels import roi_gather_3d, roi_gather_each_3d
+from focuskernels._lib import DTYPES
 from focuskernels.reference import roi_gather3d as reference
 from focuskernels.roi_gather3d import Padding
 
@@ -167,9 +168,6 @@ def test_second_gradients_are_refused() -> None:
         torch.autograd.grad(y.sum(), source, create_graph=True)
 
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("border", "kind"), [(False, torch.int64), (False, torch.float32), (True, torch.float64)])
@@ -194,7 +192,7 @@ def test_op_is_the_reference(
         assert (a.stride(), a.dtype) == (e.stride(), e.dtype)
         torch.testing.assert_close(a, e, rtol=rounding, atol=rounding)
 
-    shapes, dtypes = [*first.shape, *second.shape], [reference.DTYPES.index(t.dtype) for t in (first, second)]
+    shapes, dtypes = [*first.shape, *second.shape], [DTYPES.index(t.dtype) for t in (first, second)]
     grads = [torch.randn(out.shape).to(out.dtype) for out in actual]
     firsts = [0, 1 if ragged else 3]
     for bases in ([], [torch.randn_like(first), torch.randn(second.shape, dtype=second.dtype)]):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from triton_runs import skip_unless_kernels_run
 
+from focuskernels._lib import DTYPES
 from focuskernels.reference import roi_gather3d as reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -64,7 +65,7 @@ def test_kernels_are_the_reference(
         assert (a.stride(), a.dtype) == (e.stride(), e.dtype)
         torch.testing.assert_close(a.cpu(), e, rtol=tolerance, atol=tolerance)
     grads = [torch.randn(out.shape).to(out.dtype).contiguous(memory_format=layout) for out in expected]
-    dtypes = [reference.DTYPES.index(t.dtype) for t in (first, second)]
+    dtypes = [DTYPES.index(t.dtype) for t in (first, second)]
     about = ([*first.shape, *second.shape], [0, 1 if ragged else 3], dtypes)
     for bases in ([], [torch.randn_like(first), torch.randn(second.shape)]):
         expected = reference.backward(grads, bases, centers, *boxes, *about, [int(channels_last), 0], border)

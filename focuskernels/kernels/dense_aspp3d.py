@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import channelwise, dense_aspp3d
+from .._lib import MOST_PROGRAMS
 from ..dense_aspp3d import RowsOf
 from ..dilated_conv3d import why_not
 from ..reference.channelwise import RELU
@@ -247,7 +248,7 @@ def _fits(buffer: Tensor, channels: int, weight: Tensor) -> bool:
         and bottleneck in (16, 32, 64, 128)
         and not buffer.is_contiguous()
         and buffer.is_contiguous(memory_format=torch.channels_last_3d)
-        and 0 < len(buffer) <= 65535
+        and 0 < len(buffer) <= MOST_PROGRAMS
     )
 
 

@@ -3,7 +3,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .roi_gather3d import DTYPES, is_channels_last
+from .._lib import DTYPES
+from .roi_gather3d import is_channels_last
 from .roi_sampling import Taps, accumulation, gather, scatter
 
 

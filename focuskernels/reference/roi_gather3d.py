@@ -4,10 +4,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._lib import DTYPES
 from .roi_sampling import Taps, accumulation, gather, scatter
-
-#: What a number in a list of dtypes stands for.
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Boxes(NamedTuple):
