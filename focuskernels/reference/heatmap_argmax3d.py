@@ -2,18 +2,8 @@ import torch
 from torch import Tensor
 
 
-def forward(heatmaps: Tensor, subvoxel: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Index (N,K,3) int64, value (N,K) and centre (N,K,3) float32 of the maximum of each map (N,K,D,H,W)."""
-    position, value = argmax(heatmaps)
-    index = unravel(position, heatmaps.shape[2:])
-    center = index.to(torch.float32)
-    if subvoxel:
-        center = center + subvoxel_offset(heatmaps, index).to(torch.float32)
-    return index, value, center
-
-
 def argmax(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat position (N,K) int64 in the (D,H,W) volume and value (N,K) of each map's first maximum."""
+    """Flat position (N,K) int64 in the (D,H,W) volume and value (N,K) of the first maximum of each (N,K,D,H,W) map."""
     flat = heatmaps.flatten(2)
     position = flat.argmax(dim=2, keepdim=True)
     return position.squeeze(2), flat.gather(2, position).squeeze(2)
