@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import channelwise
 from ._arguments import cast_for_autocast
 from ._lib import Kernel, define, forbid_double_backward, layout_of, triton_missing
 from .dilated_conv3d import forward_op, grad_input_op, grad_weight_op
-from .norm_act import check_norm, update_running
+from .norm_act import check_norm, over_processes, update_running
 from .reference.channelwise import RELU, table_dtype
 from .reference.norm_act import Sets, gradient, statistics, table
 
@@ -226,14 +225,8 @@ def _normed(norms: Norms, index: int, moments: Tensor | None, like: Tensor, weig
 
 
 def _sets(norms: Norms, index: int, like: Tensor) -> Sets:
-    reduce = None if norms.total is None else _over_processes
+    reduce = None if norms.total is None else over_processes
     return Sets(norms.norm, norms.groups[index], like.shape[2:].numel(), norms.total, reduce)
-
-
-def _over_processes(total: Tensor) -> Tensor:
-    total = total.contiguous()
-    dist.all_reduce(total)
-    return total
 
 
 def branches_of(parameters: Sequence[Tensor]) -> list[Branch]:
@@ -284,9 +277,8 @@ def _check(x: Tensor, norms: Sequence[Any], convs: Sequence[Any]) -> Sets:
     for conv in convs:
         if conv.weight.device != x.device:
             raise TypeError(f"x is on {x.device}, a weight on {conv.weight.device}")
-    shared = norm.sync and norm.training and dist.is_available() and dist.is_initialized()
     running = (norm.running_mean, norm.running_var)
-    group = dist.group.WORLD if shared else None
+    group = norm.options()["process_group"]
     sets = check_norm(x, norm.weight, norm.bias, norm.norm, norm.num_groups, *running, norm.training, group)
     # a group of a bottleneck may have fewer values than one of x
     for other in norms[1:] if norm.norm == "group" else ():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -221,14 +222,17 @@ def check_norm(
 
 
 def _across_processes(x: Tensor, groups: int, process_group: "dist.ProcessGroup") -> Sets:
-    def reduce(total: Tensor) -> Tensor:
-        total = total.contiguous()
-        dist.all_reduce(total, group=process_group)
-        return total
-
+    reduce = partial(over_processes, group=process_group)
     voxels = x.shape[2:].numel()
     local = torch.tensor(x.shape[0] * voxels, dtype=torch.float64, device=x.device)
     return Sets("batch", groups, voxels, reduce(local).clamp_(min=1), reduce)
+
+
+def over_processes(total: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """The sum over the processes of the group, by default all; `total` may be overwritten."""
+    total = total.contiguous()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _check_tensors(x: Tensor, **per_channel: Tensor | None) -> None:

@@ -7,7 +7,6 @@ them; parameters, buffers and their names stay, so that weights move both ways.
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ class PlainNormAct(NormAct3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `NormAct3d`."""
-        if self.sync and self.training and dist.is_available() and dist.is_initialized():
+        if self.options()["process_group"] is not None:
             raise ValueError("sync=True: the reference of NormAct3d takes statistics over one process alone")
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
