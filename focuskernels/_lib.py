@@ -105,11 +105,19 @@ def _without_autocast(body: Callable[..., Any], device_type: str) -> Callable[..
     return run
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether outputs and gradients of `x` are channels_last_3d; they are plain contiguous when both fit."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def layout(channels_last: bool) -> torch.memory_format:
+    """channels_last_3d or plain contiguous."""
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
 def layout_of(x: Tensor) -> torch.memory_format:
-    """The dense layout an output takes from `x`: channels_last_3d, or plain contiguous when both fit."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.contiguous_format
-    return torch.channels_last_3d
+    """The dense layout an output takes from `x`."""
+    return layout(is_channels_last(x))
 
 
 def forbid_double_backward(op: str) -> None:

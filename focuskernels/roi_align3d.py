@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_float, triple, values_are_readable
-from ._lib import DTYPES, MOST_PROGRAMS, MOST_VOXELS, csrc_kernel, define, forbid_double_backward, triton_kernel
+from ._lib import (
+    DTYPES,
+    MOST_PROGRAMS,
+    MOST_VOXELS,
+    csrc_kernel,
+    define,
+    forbid_double_backward,
+    is_channels_last,
+    triton_kernel,
+)
 from .reference import roi_align3d as reference
-from .reference.roi_gather3d import is_channels_last
 
 
 def roi_align_3d(

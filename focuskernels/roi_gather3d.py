@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_float, triple, values_are_readable
-from ._lib import DTYPES, MOST_PROGRAMS, csrc_kernel, define, forbid_double_backward, triton_kernel
+from ._lib import (
+    DTYPES,
+    MOST_PROGRAMS,
+    csrc_kernel,
+    define,
+    forbid_double_backward,
+    is_channels_last,
+    layout,
+    triton_kernel,
+)
 from .reference import roi_gather3d as reference
 
 Padding: TypeAlias = Literal["zeros", "border"]
@@ -323,7 +332,7 @@ def _remember(ctx: Any, centers: Tensor, options: _Options, sources: Sequence[Te
     first = 0
     for i, (source, wanted) in enumerate(zip(sources, ctx.needs_input_grad[2:], strict=True)):
         dtype = DTYPES.index(source.dtype)
-        about = _Source(source.shape, first, dtype, reference.is_channels_last(source))
+        about = _Source(source.shape, first, dtype, is_channels_last(source))
         ctx.sources.append(about if wanted else None)
         first += boxes.width(i, source.shape[1])
 
@@ -366,8 +375,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor], bases: list[Tensor]) -> tuple[
 
 
 def _like(base: Tensor, source: _Source) -> Tensor:
-    layout = torch.channels_last_3d if source.channels_last else torch.contiguous_format
-    return base.to(DTYPES[source.dtype]).contiguous(memory_format=layout)
+    return base.to(DTYPES[source.dtype]).contiguous(memory_format=layout(source.channels_last))
 
 
 def _fake_forward(sources: Sequence[Tensor], *boxes: Any) -> list[Tensor]:

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuskernels import roi_align_3d
-from focuskernels._lib import DTYPES
+from focuskernels._lib import DTYPES, is_channels_last
 from focuskernels.reference import roi_align3d as reference
-from focuskernels.reference.roi_gather3d import is_channels_last
 
 from ..case import (
     Case,

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._lib import is_channels_last
 from ..reference.roi_align3d import empty_gradient, empty_output
-from ..reference.roi_gather3d import is_channels_last
 
 #: Values of a program: of a few channels where they lie apart, of many where they lie side by side.
 TILE = 1024

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.roi_gather3d import Boxes, empty_gradients, empty_outputs, is_channels_last
+from .._lib import is_channels_last, layout
+from ..reference.roi_gather3d import Boxes, empty_gradients, empty_outputs
 
 BLOCK_C = 8
 BLOCK_V = 128
@@ -319,8 +320,7 @@ def backward(
     boxes = Boxes(centers.contiguous(), roi_size, output_size, scales, channels, border)
     results = empty_gradients(grads, centers, shapes, dtypes, channels_last)
     last = any(is_channels_last(grad) for grad in grads)
-    layout = torch.channels_last_3d if last else torch.contiguous_format
-    grads = [grad.contiguous(memory_format=layout) for grad in grads]
+    grads = [grad.contiguous(memory_format=layout(last)) for grad in grads]
     voxel = grads[0].shape[1] if last else 1
     for i, result in enumerate(results):
         if result.numel() == 0:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._lib import layout_of
+from .._lib import layout, layout_of
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[int]) -> Tensor:
@@ -61,7 +61,7 @@ def flipped(weight: Tensor) -> Tensor:
 
 def output_layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     """channels_last_3d if `x`, which may be some channels of a wider map, or `weight` has channels innermost."""
-    return torch.channels_last_3d if _channels_innermost(x) or _channels_innermost(weight) else torch.contiguous_format
+    return layout(_channels_innermost(x) or _channels_innermost(weight))
 
 
 def _channels_innermost(x: Tensor) -> bool:

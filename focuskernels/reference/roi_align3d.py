@@ -3,8 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._lib import DTYPES
-from .roi_gather3d import is_channels_last
+from .._lib import DTYPES, layout, layout_of
 from .roi_sampling import Taps, accumulation, gather, scatter
 
 
@@ -41,14 +40,12 @@ def backward(
 def empty_output(input: Tensor, rois: Tensor, output_size: Sequence[int]) -> Tensor:
     """What `forward` returns, in the layout of the input."""
     shape = (rois.shape[0], input.shape[1], *output_size)
-    layout = torch.channels_last_3d if is_channels_last(input) else torch.contiguous_format
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout_of(input))
 
 
 def empty_gradient(grad: Tensor, shape: Sequence[int], dtype: int, channels_last: bool) -> Tensor:
     """What `backward` returns."""
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=DTYPES[dtype], device=grad.device, memory_format=layout)
+    return torch.empty(tuple(shape), dtype=DTYPES[dtype], device=grad.device, memory_format=layout(channels_last))
 
 
 def _sample(rois: Tensor, k: int) -> Tensor:

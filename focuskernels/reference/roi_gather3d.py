@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._lib import DTYPES
+from .._lib import DTYPES, layout, layout_of
 from .roi_sampling import Taps, accumulation, gather, scatter
 
 
@@ -157,11 +157,10 @@ def empty_outputs(sources: Sequence[Tensor], boxes: Boxes) -> list[Tensor]:
     first, dtype = sources[0], sources[0].dtype
     for source in sources[1:]:
         dtype = torch.promote_types(dtype, source.dtype)
-    layout = _layout(is_channels_last(first))
     width = sum(boxes.width(i, source.shape[1]) for i, source in enumerate(sources))
     rois = boxes.centers.shape[0] if len(boxes.output_size) == 3 else 1
     return [
-        torch.empty((rois, width, *boxes.sizes(g)[1]), dtype=dtype, device=first.device, memory_format=layout)
+        torch.empty((rois, width, *boxes.sizes(g)[1]), dtype=dtype, device=first.device, memory_format=layout_of(first))
         for g in range(len(boxes.output_size) // 3)
     ]
 
@@ -179,19 +178,10 @@ def empty_gradients(
             tuple(shapes[5 * i : 5 * i + 5]),
             dtype=DTYPES[dtype],
             device=centers.device,
-            memory_format=_layout(bool(channels_last[i])),
+            memory_format=layout(bool(channels_last[i])),
         )
         for i, dtype in enumerate(dtypes)
     ]
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether outputs and gradients of `x` are channels_last_3d; they are plain contiguous when both fit."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def _layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
 def _axes(boxes: Boxes, group: int, i: int, shape: Sequence[int], slope: int | None = None) -> list[Taps]:
