@@ -182,3 +182,19 @@ def triton_kernel(module: str, name: str, why_not: Callable[..., str | None] = _
         return getattr(importlib.import_module(f"focuskernels.kernels.{module}"), name)(*args)
 
     return Kernel("Triton", run, triton_missing, why_not)
+
+
+def triton_kernel_or(
+    module: str, name: str, other: Callable[..., Any], why_not: Callable[..., str | None], label: str
+) -> Kernel:
+    """`triton_kernel`, or `other` where the docs say so: that is no fallback to warn of, so both are one kernel."""
+    kernel = triton_kernel(module, name)
+
+    def run(*args: Any) -> Any:
+        reason = why_not(*args)
+        if reason is None:
+            return kernel.run(*args)
+        log.debug("focuskernels.%s: %s handed over: %s", module, name, reason)
+        return other(*args)
+
+    return Kernel(label, run, triton_missing)

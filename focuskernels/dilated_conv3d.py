@@ -1,6 +1,5 @@
 """Dilated 3D convolution that keeps the spatial size."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from . import onednn
 from ._arguments import cast_for_autocast, require_float, triple
-from ._lib import Kernel, define, forbid_double_backward, layout_of, log, triton_missing
+from ._lib import Kernel, define, forbid_double_backward, layout_of, triton_kernel_or
 from .reference import dilated_conv3d as reference
 
 
@@ -133,19 +132,9 @@ def _unsuitable_strides(x: Tensor) -> str | None:
 
 
 def _triton_or_vendor(name: str, vendor: Callable[..., Any], maps: Callable[..., tuple[Tensor, ...]]) -> Kernel:
-    """The launcher `name` of kernels/dilated_conv3d.py; a hand-over is no fallback to warn of, so it is one kernel.
-
-    `maps` picks the arguments of `why_not`.
-    """
-
-    def run(*args: Any) -> Any:
-        reason = why_not(*maps(*args))
-        if reason is None:
-            return getattr(importlib.import_module("focuskernels.kernels.dilated_conv3d"), name)(*args)
-        log.debug("focuskernels.dilated_conv3d: %s by the vendor's library: %s", name, reason)
-        return vendor(*args)
-
-    return Kernel("Triton, or cuDNN where docs/dilated_conv3d.md says so", run, triton_missing)
+    """`maps` picks the arguments of `why_not`."""
+    label = "Triton, or cuDNN where docs/dilated_conv3d.md says so"
+    return triton_kernel_or("dilated_conv3d", name, vendor, lambda *args: why_not(*maps(*args)), label)
 
 
 def _vendor(run: Callable[..., Any]) -> Kernel:

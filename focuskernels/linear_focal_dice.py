@@ -8,16 +8,7 @@ from torch import Tensor
 
 from . import focal_dice
 from ._arguments import cast_for_autocast, require_float
-from ._lib import (
-    MOST_PROGRAMS,
-    Kernel,
-    csrc_missing,
-    define,
-    forbid_double_backward,
-    log,
-    triton_kernel,
-    triton_missing,
-)
+from ._lib import MOST_PROGRAMS, Kernel, csrc_missing, define, forbid_double_backward, triton_kernel, triton_kernel_or
 from .focal_dice import ClassSums, Mode
 from .reference import focal_dice as loss_reference
 from .reference import linear_focal_dice as reference
@@ -234,17 +225,8 @@ def _rounded(size: int) -> int:
 
 
 def _one_kernel_or_chunks(name: str, chunks: Callable[..., Any]) -> Kernel:
-    """The launcher `name` of kernels/linear_focal_dice.py; handing over is no fallback, so this is one kernel."""
-    fused = triton_kernel("linear_focal_dice", name)
-
-    def run(*args: Any) -> Any:
-        reason = why_not(*args[:2])
-        if reason is None:
-            return fused.run(*args)
-        log.debug("focuskernels.linear_focal_dice_loss: %s in chunks: %s", name, reason)
-        return chunks(*args)
-
-    return Kernel("Triton, in chunks where docs/focal_dice.md says so", run, triton_missing)
+    label = "Triton, in chunks where docs/focal_dice.md says so"
+    return triton_kernel_or("linear_focal_dice", name, chunks, lambda *args: why_not(*args[:2]), label)
 
 
 def _unsupported_by_triton(features: Tensor, *_: Any) -> str | None:
