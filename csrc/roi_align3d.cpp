@@ -14,9 +14,6 @@ namespace {
 
 using namespace roi_sampling;
 
-// reference.DTYPES
-constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16};
-
 struct Options {
   std::vector<double> scale;
   int64_t sampling_ratio;
@@ -84,13 +81,6 @@ std::vector<Box<Real>> boxes_in(const Tensor& rois, const int64_t* out, const Op
   if (dense.scalar_type() == ScalarType::Double) return boxes_of<Real, double>(dense, out, options, size);
   STD_TORCH_CHECK(dense.scalar_type() == ScalarType::Float, "roi_align_3d: expected rois in float32 or float64");
   return boxes_of<Real, float>(dense, out, options, size);
-}
-
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  Tensor y = x;
-  for (int64_t d = 1; d < 4; ++d) y = torch::stable::transpose(y, d, d + 1);
-  return y.is_contiguous();
 }
 
 Tensor forward(const Tensor& input, const Tensor& rois, std::vector<int64_t> out, std::vector<double> scale,

@@ -13,9 +13,6 @@ namespace {
 
 using namespace roi_sampling;
 
-// reference.DTYPES
-constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16};
-
 // As reference.Boxes.
 struct Boxes {
   std::vector<double> centers;  // (K, 4)
@@ -116,13 +113,6 @@ std::vector<Box<Real>> boxes_in(const Boxes& boxes, size_t source, const int64_t
 ScalarType promoted(ScalarType a, ScalarType b) {
   if (a == b) return a;
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  Tensor y = x;
-  for (int64_t d = 1; d < 4; ++d) y = torch::stable::transpose(y, d, d + 1);
-  return y.is_contiguous();
 }
 
 std::vector<Tensor> forward(std::vector<Tensor> sources, const Tensor& centers, std::vector<int64_t> roi,

@@ -34,6 +34,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// DTYPES of focuskernels/_lib.py
+constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16};
 constexpr int64_t kSerialElements = int64_t{1} << 15;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kHugePageBytes = int64_t{4} << 20;  // from here on outputs ask for huge pages and bypass the cache
@@ -147,6 +149,13 @@ inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+inline bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  Tensor y = x;
+  for (int64_t d = 1; d < 4; ++d) y = torch::stable::transpose(y, d, d + 1);
+  return y.is_contiguous();
 }
 
 // (N, C, D, H, W), dense in the given layout.
