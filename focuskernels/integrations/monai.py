@@ -27,6 +27,7 @@ class _Loss(nn.Module):
 
     def __init__(
         self,
+        *,
         include_background: bool,
         to_onehot_y: bool,
         sigmoid: bool,
@@ -65,15 +66,6 @@ class _Loss(nn.Module):
         """The first channel that counts."""
         return 0 if self.include_background or classes == 1 else 1
 
-    def _weighted(self, terms: Tensor) -> Tensor:
-        """(N, C) terms times the class weights."""
-        if self.class_weight is None:
-            return terms
-        weight = self.class_weight.to(terms)
-        if weight.dim() and weight.numel() != terms.shape[-1]:
-            raise ValueError(f"weight has {weight.numel()} values for {terms.shape[-1]} classes")
-        return terms * weight
-
     def _reduced(self, terms: Tensor) -> Tensor:
         return terms.mean() if self.reduction == "mean" else terms.sum()
 
@@ -84,12 +76,12 @@ class _Loss(nn.Module):
         intersection, prediction, target = (row.sum(0, keepdim=True) if self.batch else row for row in rows)
         return intersection, prediction, target
 
-    def _dice(self, sums: ClassSums, jaccard: bool) -> Tensor:
+    def _dice(self, sums: ClassSums, jaccard: bool, weight: Tensor | None) -> Tensor:
         intersection, prediction, target = self._per_sample(sums)
         union = prediction + target
         if jaccard:
             union = 2 * (union - intersection)
-        return self._reduced(self._weighted(1 - (2 * intersection + self.smooth_nr) / (union + self.smooth_dr)))
+        return self._reduced(_weighted(1 - (2 * intersection + self.smooth_nr) / (union + self.smooth_dr), weight))
 
     def _sigmoid_focal(self, sums: ClassSums, voxels: int, alpha: float | Tensor | None) -> Tensor:
         """The focal half; its mean over space comes first in either reduction."""
@@ -99,7 +91,7 @@ class _Loss(nn.Module):
             inside = inside * alpha.to(inside)
         elif alpha is not None:
             inside, outside = alpha * inside, (1 - alpha) * outside
-        return self._reduced(self._weighted((inside + outside) / voxels))
+        return self._reduced(_weighted((inside + outside) / voxels, self.class_weight))
 
     def _mode(self, classes: int) -> int:
         # MONAI ignores softmax for a single channel, and would take the logit for a probability.
@@ -125,6 +117,15 @@ class _Loss(nn.Module):
         if values_are_readable(multi_hot) and not bool((multi_hot.sum(dim=1) == 1).all()):
             raise ValueError("with softmax=True a target of the input's shape must be one-hot")
         return multi_hot.to(torch.uint8).argmax(dim=1)
+
+
+def _weighted(terms: Tensor, weight: Tensor | None) -> Tensor:
+    """(N, C) terms times the weights of the classes."""
+    if weight is None:
+        return terms
+    if weight.dim() and weight.numel() != terms.shape[-1]:
+        raise ValueError(f"weight has {weight.numel()} values for {terms.shape[-1]} classes")
+    return terms * weight.to(terms)
 
 
 def _multi_hot(target: Tensor, input: Tensor) -> Tensor:
@@ -179,24 +180,37 @@ class DiceFocalLoss(_Loss):
         lambda_focal: float = 1.0,
         alpha: float | Sequence[float] | None = None,
     ) -> None:
-        lambdas = {"lambda_dice": lambda_dice, "lambda_focal": lambda_focal}
         super().__init__(
-            include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
-            gamma, weight, lambdas,
-        )  # fmt: skip
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            gamma=gamma,
+            weight=weight,
+            weights={"lambda_dice": lambda_dice, "lambda_focal": lambda_focal},
+        )
         if squared_pred:
             raise ValueError("squared_pred=True is not served")
         self.jaccard = jaccard
         self.lambda_dice = lambda_dice
         self.lambda_focal = lambda_focal
-        self.alpha = alpha if alpha is None or isinstance(alpha, float | int) else torch.as_tensor(alpha)
+        self.alpha: float | Tensor | None
+        if alpha is None or isinstance(alpha, float | int):
+            self.alpha = alpha
+        else:
+            self.register_buffer("alpha", torch.as_tensor(alpha), persistent=False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Logits (N, C, *spatial); target (N, 1, *spatial) with to_onehot_y, else (N, C, *spatial) of 0 and 1."""
         _check(input, target)
         sums = self._sums(input, target, self._mode(input.shape[1]), self.gamma)
         focal = self._sigmoid_focal(sums, input.shape[2:].numel(), self.alpha)
-        return self.lambda_dice * self._dice(sums, self.jaccard) + self.lambda_focal * focal
+        return self.lambda_dice * self._dice(sums, self.jaccard, self.class_weight) + self.lambda_focal * focal
 
 
 class DiceCELoss(_Loss):
@@ -220,17 +234,24 @@ class DiceCELoss(_Loss):
         lambda_ce: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        lambdas = {"lambda_dice": lambda_dice, "lambda_ce": lambda_ce}
         super().__init__(
-            include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
-            0.0, None if weight is None or include_background else weight[1:], lambdas,
-        )  # fmt: skip
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            gamma=0.0,
+            weight=weight if weight is None or include_background else weight[1:],
+            weights={"lambda_dice": lambda_dice, "lambda_ce": lambda_ce},
+        )
         if squared_pred:
             raise ValueError("squared_pred=True is not served")
         if label_smoothing:
             raise ValueError("label_smoothing is not served")
-        if include_background:
-            self.class_weight = weight
         self.register_buffer("ce_weight", weight)
         self.jaccard = jaccard
         self.lambda_dice = lambda_dice
@@ -248,7 +269,8 @@ class DiceCELoss(_Loss):
                 "with several channels DiceCELoss serves softmax=True only: its cross-entropy is a softmax"
             )
         sums = self._sums(input, target, SOFTMAX, 0.0)
-        return self.lambda_dice * self._dice(sums, self.jaccard) + self.lambda_ce * self._cross_entropy(sums)
+        dice = self._dice(sums, self.jaccard, self.class_weight)
+        return self.lambda_dice * dice + self.lambda_ce * self._cross_entropy(sums)
 
     def _cross_entropy(self, sums: ClassSums) -> Tensor:
         losses, counts = sums.focal.sum(dim=0), sums.target.sum(dim=0)
@@ -262,11 +284,7 @@ class DiceCELoss(_Loss):
         losses = (inside + sums.focal_outside).sum()
         binary = losses / input.numel() if self.reduction == "mean" else losses
         # MONAI drops class weights from the dice of a single channel.
-        weight, self.class_weight = self.class_weight, None
-        try:
-            return self.lambda_dice * self._dice(sums, self.jaccard) + self.lambda_ce * binary
-        finally:
-            self.class_weight = weight
+        return self.lambda_dice * self._dice(sums, self.jaccard, None) + self.lambda_ce * binary
 
 
 class GeneralizedDiceFocalLoss(_Loss):
@@ -289,11 +307,20 @@ class GeneralizedDiceFocalLoss(_Loss):
         lambda_gdl: float = 1.0,
         lambda_focal: float = 1.0,
     ) -> None:
-        lambdas = {"lambda_gdl": lambda_gdl, "lambda_focal": lambda_focal}
         super().__init__(
-            include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
-            gamma, weight, lambdas,
-        )  # fmt: skip
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            gamma=gamma,
+            weight=weight,
+            weights={"lambda_gdl": lambda_gdl, "lambda_focal": lambda_focal},
+        )
         self.w_type = str(getattr(w_type, "value", w_type))
         if self.w_type not in ("square", "simple", "uniform"):
             raise ValueError(f"w_type must be 'square', 'simple' or 'uniform', got {self.w_type!r}")
