@@ -35,3 +35,13 @@ def _locale() -> Iterator[None]:
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
+
+
+@pytest.fixture(params=["op", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The best backend of this machine, then the definition, of the op that a test file imports as `module`."""
+    if request.param == "reference":
+        module, reference = request.module.module, request.module.reference
+        monkeypatch.setattr(module, "_forward", reference.forward)
+        monkeypatch.setattr(module, "_backward", reference.backward)
+    return request.param

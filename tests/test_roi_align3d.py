@@ -18,15 +18,6 @@ from focuskernels.reference import roi_align3d as reference
 Pair = tuple[int, int]
 
 
-@pytest.fixture(params=["op", "reference"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The best backend of this machine, then the definition."""
-    if request.param == "reference":
-        monkeypatch.setattr(module, "_forward", reference.forward)
-        monkeypatch.setattr(module, "_backward", reference.backward)
-    return request.param
-
-
 def interpolate_2d(image: Tensor, y: float, x: float) -> Tensor:
     """One sample (C,) of an image (C, H, W), step by step as torchvision publishes it."""
     height, width = image.shape[1:]

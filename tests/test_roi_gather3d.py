@@ -16,15 +16,6 @@ from focuskernels.roi_gather3d import Padding
 ONES = (1.0, 1.0, 1.0)
 
 
-@pytest.fixture(params=["op", "reference"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The best backend of this machine, then the definition."""
-    if request.param == "reference":
-        monkeypatch.setattr(module, "_forward", reference.forward)
-        monkeypatch.setattr(module, "_backward", reference.backward)
-    return request.param
-
-
 def by_loop(
     source: Tensor, center: list[float], roi: list[int], out: list[int], scale: tuple[float, ...], padding: str
 ) -> Tensor:

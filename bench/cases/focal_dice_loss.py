@@ -82,7 +82,7 @@ def _case(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Case:
 
 def _providers() -> list[Provider]:
     return [
-        ours(_ours),
+        ours(fused),
         Provider("focuskernels, inplace_grad", "ours", lambda: _inplace, adapt=_own_logits),
         eager(plain, "eager, gather"),
         compiled(plain, "torch.compile, gather"),
@@ -95,7 +95,8 @@ def _providers() -> list[Provider]:
     ]
 
 
-def _ours(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+def fused(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """`focal_dice_loss`."""
     return focal_dice_loss(logits, target, gamma=GAMMA, alpha=alpha, smooth=SMOOTH)
 
 

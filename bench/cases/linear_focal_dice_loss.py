@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focuskernels import focal_dice_loss, linear_focal_dice_loss
+from focuskernels import linear_focal_dice_loss
 
 from ..case import (
     Case,
@@ -28,7 +28,7 @@ from ..case import (
     random,
     size_of,
 )
-from .focal_dice_loss import GAMMA, SMOOTH, monai_like_for_like, one_hot
+from .focal_dice_loss import GAMMA, SMOOTH, fused, monai_like_for_like, one_hot
 from .focal_dice_loss import plain as plain_loss
 
 Triple = tuple[int, int, int]
@@ -79,7 +79,7 @@ def _case(channels: int, classes: int, volume: Triple, dtype: torch.dtype, layou
         oracle=plain,
         providers=[
             ours(_ours),
-            eager(after_convolution(_loss), "conv3d + focal_dice_loss", "peer"),
+            eager(after_convolution(fused), "conv3d + focal_dice_loss", "peer"),
             eager(plain, "eager, conv3d + gather"),
             compiled(plain, "torch.compile, conv3d + gather"),
             eager(after_convolution(one_hot), "eager, conv3d + one-hot", "peer"),
@@ -102,10 +102,6 @@ def after_convolution(loss: Function) -> Function:
         return loss(F.conv3d(features, weight[:, :, None, None, None], bias), target, alpha)
 
     return run
-
-
-def _loss(logits: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    return focal_dice_loss(logits, target, gamma=GAMMA, alpha=alpha, smooth=SMOOTH)
 
 
 def _ours(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, alpha: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..dense_aspp3d import RowsOf
 from ..dilated_conv3d import why_not
 from ..reference.channelwise import RELU
 from .channelwise import _merged as merged
-from .dilated_conv3d import convolve, tile_for
+from .dilated_conv3d import convolve, empty_map, tile_for
 
 WARPS = 4
 VOXELS = 64
@@ -163,7 +163,7 @@ class Passes(dense_aspp3d.Passes):
         if not _fits(buffer, channels, weight):
             return super().reduce(buffer, channels, table, weight)
         size, bottleneck = buffer.shape[2:].numel(), len(weight)
-        h = _empty_map(buffer, bottleneck)
+        h = empty_map(buffer, bottleneck)
         tiles = triton.cdiv(size, VOXELS)
         found = table.new_empty((len(buffer), tiles, 2, bottleneck))
         with torch.cuda.device_of(buffer):
@@ -255,8 +255,3 @@ def _fits(buffer: Tensor, channels: int, weight: Tensor) -> bool:
 def _matrix(weight: Tensor) -> Tensor:
     """(b, c), contiguous, of a 1x1x1 weight."""
     return weight.reshape(weight.shape[:2]).contiguous()
-
-
-def _empty_map(like: Tensor, channels: int) -> Tensor:
-    shape = (like.shape[0], channels, *like.shape[2:])
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)

@@ -315,7 +315,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[i
     def run(tile: Tile | None) -> Tensor:
         if tile is None:
             return reference.forward(x, weight, bias, dilation)
-        y = _empty_map(x, weight.shape[0])
+        y = empty_map(x, weight.shape[0])
         convolve(x, weight, bias, y, dilation, tile)
         return y
 
@@ -405,7 +405,8 @@ def _capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device)
 
 
-def _empty_map(like: Tensor, channels: int) -> Tensor:
+def empty_map(like: Tensor, channels: int) -> Tensor:
+    """(N, channels, D, H, W) in channels_last_3d, of the size and dtype of `like`."""
     shape = (like.shape[0], channels, *like.shape[2:])
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 

@@ -231,6 +231,8 @@ def _read_ct(case: Case, report: CaseReport) -> tuple[Volume | None, Grid | None
 def _paint(case: Case, grid: Grid | None, order: list[str], report: CaseReport) -> np.ndarray | None:
     """Label map (uint8) along the patient's axes of each organ's rank in `order`, where the larger rank wins;
     None if no mask could be read."""
+    from ..metrics import bounding_box  # here, because who reads the cache alone does without scipy
+
     ranks = {organ: rank for rank, organ in enumerate(order, start=1)}
     painted: np.ndarray | None = None
     for part in _parts(case, order):
@@ -242,7 +244,7 @@ def _paint(case: Case, grid: Grid | None, order: list[str], report: CaseReport) 
                 mask = reorient(Volume(stored, grid))
                 if painted is None:
                     painted = np.zeros(mask.array.shape, np.uint8)
-                box = _bounding_box(mask.array)
+                box = bounding_box(mask.array)
                 if box is None:
                     report.notes.append(f"{organ}: its mask is empty, it counts as not contoured")
                     continue
@@ -265,18 +267,6 @@ def _parts(case: Case, organs: list[str]) -> Iterator[Case]:
     for organ in sorted(case.masks):
         if organ in organs:
             yield dataclasses.replace(case, masks={organ: case.masks[organ]}, multilabel=None, label_values={})
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
-    box: list[slice] = []
-    for axis in range(3):
-        # each projection looks only at what the former left over
-        part = mask[tuple(box)]
-        used = np.flatnonzero(part.any(axis=tuple(a for a in range(3) if a != axis)))
-        if not used.size:
-            return None
-        box.append(slice(int(used[0]), int(used[-1]) + 1))
-    return tuple(box)
 
 
 def _size(inside: np.ndarray, grid: Grid) -> OrganSize:
