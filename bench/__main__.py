@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace, chosen: list[Op], device: str, size: 
     path = arguments.json or ROOT / "bench" / "results" / f"{default_name(device, size)}.json"
     store = Results(path)
 
-    def report(rows: list[Row], run: dict[str, Any]) -> None:
+    def report(rows: list[Row]) -> None:
         if rows:
             print_group(rows)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 Mode = Literal["fwd", "bwd", "fwdbwd"]
-MODES: tuple[Mode, ...] = ("fwd", "bwd", "fwdbwd")
 Role = Literal["ours", "eager", "compile", "peer", "other"]
 Inputs = dict[str, Any]
 Function = Callable[..., Any]

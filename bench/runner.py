@@ -56,7 +56,7 @@ class Runner:
         *,
         resume: bool = False,
         without: Collection[Role] = (),
-        report: Callable[[list[Row], dict[str, Any]], None] = lambda rows, run: None,
+        report: Callable[[list[Row]], None] = lambda rows: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.device, self.size, self.store, self.resume = device, size, store, resume
@@ -230,7 +230,7 @@ class _Work:
                 kernels=ready.kernels.as_json() if ready.provider.role == "ours" else None,
             )
         mine = groups(self.runner.store.rows).get((self.op.name, self.case.name, mode), [])
-        self.runner.report([row for row in mine if row["run"] == self.runner.run["id"]], self.runner.run)
+        self.runner.report([row for row in mine if row["run"] == self.runner.run["id"]])
 
     def _out(self, provider: Provider, status: str, reason: str) -> None:
         for mode in self.modes:

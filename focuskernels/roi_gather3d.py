@@ -384,7 +384,7 @@ def _fake_forward(sources: Sequence[Tensor], *boxes: Any) -> list[Tensor]:
 
 def _fake_backward(grads: Sequence[Tensor], bases: Sequence[Tensor], centers: Tensor, *arguments: Any) -> list[Tensor]:
     *_, shapes, _first_channels, dtypes, channels_last, _border = arguments
-    return reference.empty_gradients(grads, centers, shapes, dtypes, channels_last)
+    return reference.empty_gradients(centers, shapes, dtypes, channels_last)
 
 
 def _fake_centers_backward(grads: Sequence[Tensor], sources: Sequence[Tensor], centers: Tensor, *_: Any) -> Tensor:

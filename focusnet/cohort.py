@@ -58,11 +58,10 @@ class Cohort:
     def __exit__(self, *error: object) -> None:
         os.close(self._claims)
 
-    def share(self, names: Iterable[str]) -> Iterator[str | None]:
+    def share(self, names: Iterable[str]) -> Iterator[str]:
         """Yield every case, claimed for this process until the next one is asked for.
 
-        Cases that others work on come last: done by then, or left over by one that died. None is yielded, again and
-        again, while they are all that is left.
+        Cases that others work on come last: done by then, or left over by one that died.
         """
         left = list(names)
         while left:
@@ -72,7 +71,6 @@ class Cohort:
                         yield name
                         left.remove(name)
             if left:
-                yield None
                 time.sleep(WAIT_SECONDS)
 
     def is_new(self, path: Path) -> bool:

@@ -108,7 +108,7 @@ class Windows:
     def run(self, start: Triple) -> tuple[Tensor, SNetOutput, Tensor]:
         """Image (1, 1, d, h, w), S-Net's output and heat maps of the window at `start`."""
         if self._last is None or self._last[0] != start:
-            image = _crop_at(self.volume, start, self.size)[None, None]
+            image = self.volume[_slices(start, self.size)][None, None]
             snet = self.network.snet(image)
             self._last = (start, (image, snet, self.network.locate(snet).sigmoid()))
         return self._last[1]
@@ -255,10 +255,6 @@ def _importance(size: Triple, device: torch.device) -> Tensor:
 
 def _slices(start: Triple, size: Triple) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
-
-
-def _crop_at(volume: Tensor, start: Triple, size: Triple) -> Tensor:
-    return volume[_slices(start, size)]
 
 
 def _crop(channels: Tensor, shape: tuple[int, ...]) -> Tensor:

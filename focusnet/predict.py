@@ -207,8 +207,7 @@ def _predict_all(job: Job, cohort: Cohort, inputs: dict[str, Path], *, keep: boo
     """Predict what no other process does; returns how many were there before, and a line for each that failed."""
     kept, failures = 0, []
     console = Console(stderr=True, quiet=not bar)
-    shared = (name for name in cohort.share(inputs) if name is not None)
-    for name in track(shared, "predicting", total=len(inputs), console=console, transient=True):
+    for name in track(cohort.share(inputs), "predicting", total=len(inputs), console=console, transient=True):
         source = inputs[name]
         reason = cohort.failure(name)
         try:

@@ -285,7 +285,7 @@ def _share(out: Path, log: Path, kill_at: int | None, seconds: float) -> None:
     with Cohort(out, shared=True) as shared:
         number = 0
         for name in shared.share([f"case_{i}" for i in range(CASES)]):
-            if name is None or (out / name).exists():
+            if (out / name).exists():
                 continue
             with log.open("a") as file:
                 file.write(f"{os.getpid()} {name}\n")

@@ -318,7 +318,7 @@ def backward(
 ) -> list[Tensor]:
     """As `reference.roi_gather3d.backward`."""
     boxes = Boxes(centers.contiguous(), roi_size, output_size, scales, channels, border)
-    results = empty_gradients(grads, centers, shapes, dtypes, channels_last)
+    results = empty_gradients(centers, shapes, dtypes, channels_last)
     last = any(is_channels_last(grad) for grad in grads)
     grads = [grad.contiguous(memory_format=layout(last)) for grad in grads]
     voxel = grads[0].shape[1] if last else 1

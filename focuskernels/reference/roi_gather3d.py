@@ -91,7 +91,7 @@ def backward(
         channels_last: whether each source has this layout.
     """
     boxes = Boxes(centers, roi_size, output_size, scales, channels, border)
-    results = empty_gradients(grads, centers, shapes, dtypes, channels_last)
+    results = empty_gradients(centers, shapes, dtypes, channels_last)
     for i, result in enumerate(results):
         wide = accumulation(result.dtype)
         total = bases[i].to(wide, copy=True) if bases else torch.zeros_like(result, dtype=wide)
@@ -166,7 +166,6 @@ def empty_outputs(sources: Sequence[Tensor], boxes: Boxes) -> list[Tensor]:
 
 
 def empty_gradients(
-    grads: Sequence[Tensor],
     centers: Tensor,
     shapes: Sequence[int],
     dtypes: Sequence[int],
