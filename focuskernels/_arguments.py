@@ -1,7 +1,9 @@
 """Argument handling that several public functions share."""
 
-from collections.abc import Sequence
-from typing import TypeAlias
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,16 +14,54 @@ Triple: TypeAlias = tuple[int, int, int]
 
 def triple(value: int | Sequence[int], name: str) -> Triple:
     """Three positive integers (z, y, x) from one integer or three."""
-    values: tuple[int, ...] = ()
-    if isinstance(value, int | torch.SymInt):
-        values = (value,) * 3
-    elif isinstance(value, Sequence):
-        values = tuple(value)
-    if len(values) != 3 or not all(isinstance(v, int | torch.SymInt) for v in values):
+    try:
+        values = [_index(v) for v in value] if isinstance(value, Iterable) else [_index(value)] * 3
+    except TypeError:
+        values = []
+    if len(values) != 3:
         raise TypeError(f"{name} must be an integer or three integers (z, y, x), got {value!r}")
     if min(values) < 1:
         raise ValueError(f"{name} must be positive, got {value!r}")
     return values[0], values[1], values[2]
+
+
+def positive_scale(value: float | Sequence[float], name: str) -> tuple[float, float, float]:
+    """Three positive numbers (z, y, x) from one number or three."""
+    values = list(value) if isinstance(value, Iterable) else [value] * 3
+    if not all(isinstance(v, Real | Tensor) for v in values):
+        raise TypeError(f"{name} must be one or three positive numbers, got {value!r}")
+    if len(values) != 3 or not all(0 < v < float("inf") for v in values):
+        raise ValueError(f"{name} must be one or three positive numbers, got {value!r}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def integer(value: Any, name: str) -> int:
+    """An integer, also NumPy's, but no bool."""
+    try:
+        return _index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _index(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise TypeError
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+
+
+def require_number(value: float, name: str, least: float | None = None) -> None:
+    """Refuse what is no number; with `least` also one that is not finite or below it."""
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if least is not None and not least <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and at least {least}, got {value}")
+
+
+def as_list(values: Iterable[Any], name: str, content: str) -> list[Any]:
+    """The elements of what holds `content`."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise TypeError(f"{name} must hold {content}, got {values!r}")
+    return list(values)
 
 
 def require_float(tensor: Tensor, name: str, dim: int = 5) -> None:

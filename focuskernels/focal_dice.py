@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ._arguments import values_are_readable
+from ._arguments import integer, require_number, values_are_readable
 from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel, unsupported, unsupported_by_triton
 from .reference import focal_dice as reference
 from .reference.focal_dice import SIGMOID, SOFTMAX
@@ -222,15 +221,12 @@ def check_options(
         raise ValueError(f"activation must be one of {get_args(Mode)}, got {activation!r}")
     if class_reduction not in ("sum", "mean"):
         raise ValueError(f"class_reduction must be 'sum' or 'mean', got {class_reduction!r}")
-    if ignore_index is not None and not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be None or an integer, got {ignore_index!r}")
-    not_negative = {"gamma": gamma, "smooth": smooth}
-    for name, value in {**not_negative, "focal_weight": focal_weight, "dice_weight": dice_weight}.items():
-        if not isinstance(value, Real | Tensor):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    for name, value in not_negative.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if ignore_index is not None:
+        integer(ignore_index, "ignore_index")
+    require_number(gamma, "gamma", least=0)
+    require_number(smooth, "smooth", least=0)
+    require_number(focal_weight, "focal_weight")
+    require_number(dice_weight, "dice_weight")
 
 
 def _check(logits: Tensor, target: Tensor, class_mask: Tensor | None, multi_hot: bool) -> None:

@@ -1,4 +1,9 @@
-"""Modules over the functions of this package: they hold parameters, the functions compute."""
+"""Modules over the functions of this package: they hold parameters, the functions compute.
+
+Maps are floating point, of the parameters' dtype unless autocast is active. Every module is differentiable once.
+Constructors and calls raise TypeError for wrong types, dtypes or devices and ValueError for numbers or shapes that do
+not fit, as the functions do.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
@@ -8,15 +13,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._arguments import triple
+from . import focal_dice
+from ._arguments import as_list, integer, positive_scale, require_float, triple
 from .dense_aspp3d import dense_aspp3d
 from .dilated_conv3d import dilated_conv3d
-from .focal_dice import Mode, alpha_tensor, check_options, focal_dice_loss
-from .norm_act import Activation, Norm, check_names, group_count, norm_act, recomputing
-from .roi_align3d import roi_align_3d
-from .roi_gather3d import check_padding, roi_gather_3d
+from .focal_dice import Mode, focal_dice_loss
+from .norm_act import Activation, Norm, check_options, group_count, norm_act, recomputing
+from .roi_align3d import check_box_order, roi_align_3d
+from .roi_gather3d import check_padding, checked_scales, roi_gather_3d
 from .se_residual import se_residual
-from .up_cat_conv3d import up_cat_conv3d
+from .up_cat_conv3d import check_inputs, up_cat_conv3d
 
 __all__ = [
     "DenseASPP3d",
@@ -36,12 +42,18 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def _require_positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
+        if integer(value, name) < 1:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
+def _require_channels(x: Tensor, channels: int) -> None:
+    require_float(x, "x")
+    if x.shape[1] != channels:
+        raise ValueError(f"x has {x.shape[1]} channels, expected {channels}")
+
+
 class NormAct3d(nn.Module):
-    """Normalisation and activation of (N, C, D, H, W).
+    """Normalisation and activation of (N, C, D, H, W), by `norm_act`, whose docstring names the sources.
 
     With norm="batch" the state (weight, bias, running_mean, running_var, num_batches_tracked) and its updates are
     those of `torch.nn.BatchNorm3d`; the other norms hold weight and bias.
@@ -56,6 +68,9 @@ class NormAct3d(nn.Module):
         momentum: share of the new statistics in the running ones.
         sync: of "batch", in training under `torch.distributed`: statistics over all processes, as
             `torch.nn.SyncBatchNorm`. May be set on a built module.
+
+    Raises:
+        TypeError, ValueError: as `norm_act`; float32 parameters serve half-precision maps too.
     """
 
     running_mean: Tensor | None
@@ -76,7 +91,7 @@ class NormAct3d(nn.Module):
     ) -> None:
         super().__init__()
         _require_positive(channels=channels)
-        check_names(norm, activation)
+        check_options(norm, activation, num_groups, momentum, eps, negative_slope)
         if sync and norm != "batch":
             raise ValueError(f"sync is for norm='batch', got norm={norm!r}")
         self.channels = channels
@@ -144,6 +159,9 @@ class DilatedConv3d(nn.Conv3d):
         kernel_size: odd, one number or (kd, kh, kw).
         dilation: one number or (dz, dy, dx).
         bias: whether to add a bias per output channel.
+
+    Raises:
+        TypeError, ValueError: as `dilated_conv3d`; autocast decides the dtype where it is active.
     """
 
     def __init__(
@@ -167,11 +185,14 @@ class DilatedConv3d(nn.Conv3d):
 
 
 class SEResidual3d(nn.Module):
-    """`residual + x * gate(x)` with a squeeze-and-excitation gate per channel.
+    """`residual + x * gate(x)` with a squeeze-and-excitation gate per channel (Hu et al., CVPR 2018).
 
     Args:
         channels: C.
         reduction: the hidden layer has max(1, C // reduction) units.
+
+    Raises:
+        TypeError, ValueError: as `se_residual`; float32 layers serve half-precision maps too.
     """
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
@@ -199,6 +220,9 @@ class SEResBlock3d(nn.Module):
         dilation: of the second convolution; one number or (dz, dy, dx).
         reduction: of the squeeze-and-excitation.
         norm: "batch", "instance" or "group".
+
+    Raises:
+        TypeError, ValueError: as its parts, and for a map of another number of channels.
     """
 
     def __init__(
@@ -222,6 +246,7 @@ class SEResBlock3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) -> (N, out_channels, D, H, W)."""
+        _require_channels(x, self.norm1.channels)
         h = _conv_of_norm(self.conv1, self.norm1, x)
         h = _conv_of_norm(self.conv2, self.norm2, h)
         if isinstance(self.shortcut, nn.Sequential):
@@ -235,10 +260,14 @@ class UpSEResBlock3d(SEResBlock3d):
     The same parameters and values as upsampling, `torch.cat([upsampled, skip], dim=1)` and `SEResBlock3d`, whose
     `in_channels` counts both. But the wide map is computed some channels at a time, in backward again, so that neither
     it nor its norm is ever there (`up_cat_conv3d`). Group norm and `torch.compile` take the ordinary way.
+
+    Raises:
+        TypeError, ValueError: as `SEResBlock3d`, and for maps of two batch sizes.
     """
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
         """(N, A, d, h, w), (N, in_channels - A, D, H, W) -> (N, out_channels, D, H, W)."""
+        check_inputs(x, skip, self.norm1.channels)
         if self.norm1.norm == "group" or isinstance(self.shortcut, nn.Identity) or torch.compiler.is_compiling():
             x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
             return super().forward(torch.cat([x, skip], dim=1))
@@ -274,6 +303,9 @@ class DenseASPP3d(nn.Module):
 
     Attributes:
         out_channels: in_channels + growth * len(dilations).
+
+    Raises:
+        TypeError, ValueError: as its parts, and for a map of another number of channels.
     """
 
     def __init__(
@@ -285,7 +317,9 @@ class DenseASPP3d(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        if len(dilations) == 0:
+        _require_positive(in_channels=in_channels, growth=growth, bottleneck=bottleneck)
+        dilations = as_list(dilations, "dilations", "one dilation per branch")
+        if not dilations:
             raise ValueError("dilations must name at least one branch")
         channels = in_channels
         self.branches = nn.ModuleList()
@@ -297,6 +331,7 @@ class DenseASPP3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) -> (N, out_channels, D, H, W), in the dtype and the layout of `x`."""
+        _require_channels(x, self.in_channels)
         return dense_aspp3d(x, [list(branch.children()) for branch in self.branches])
 
     def extra_repr(self) -> str:
@@ -314,7 +349,7 @@ def _branch(channels: int, growth: int, bottleneck: int, dilation: int | Sequenc
 
 
 class ROIAlign3d(nn.Module):
-    """`roi_align_3d` with fixed sizes; its docstring explains them."""
+    """`roi_align_3d` with fixed sizes (He et al. 2017); its docstring explains them and what is raised."""
 
     def __init__(
         self,
@@ -327,8 +362,10 @@ class ROIAlign3d(nn.Module):
     ) -> None:
         super().__init__()
         self.output_size = triple(output_size, "output_size")
+        positive_scale(spatial_scale, "spatial_scale")
+        check_box_order(box_order)
         self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = integer(sampling_ratio, "sampling_ratio")
         self.aligned = aligned
         self.box_order = box_order
 
@@ -360,6 +397,9 @@ class ROIGather3d(nn.Module):
         output_size: samples per axis; default `roi_size`.
         spatial_scales: per source its voxels per reference voxel; default 1 for each.
         padding: "zeros" or "border".
+
+    Raises:
+        TypeError, ValueError: as `roi_gather_3d`.
     """
 
     def __init__(
@@ -373,6 +413,8 @@ class ROIGather3d(nn.Module):
         super().__init__()
         self.roi_size = triple(roi_size, "roi_size")
         self.output_size = self.roi_size if output_size is None else triple(output_size, "output_size")
+        if spatial_scales is not None:
+            checked_scales(spatial_scales)
         self.spatial_scales = spatial_scales
         check_padding(padding)
         self.padding: Literal["zeros", "border"] = padding
@@ -402,6 +444,9 @@ class FocalDiceLoss(nn.Module):
     """`focal_dice_loss` with fixed parameters; its docstring explains them.
 
     `alpha` is a buffer, so that it moves with the module; it is left out of the state.
+
+    Raises:
+        TypeError, ValueError: as `focal_dice_loss`.
     """
 
     alpha: Tensor | None
@@ -422,7 +467,7 @@ class FocalDiceLoss(nn.Module):
         inplace_grad: bool = False,
     ) -> None:
         super().__init__()
-        check_options(activation, gamma, ignore_index, smooth, class_reduction, focal_weight, dice_weight)
+        focal_dice.check_options(activation, gamma, ignore_index, smooth, class_reduction, focal_weight, dice_weight)
         self.activation: Mode = activation
         self.gamma = gamma
         self.focal_weight = focal_weight
@@ -433,7 +478,7 @@ class FocalDiceLoss(nn.Module):
         self.smooth = smooth
         self.class_reduction: Literal["sum", "mean"] = class_reduction
         self.inplace_grad = inplace_grad
-        self.register_buffer("alpha", None if alpha is None else alpha_tensor(alpha), persistent=False)
+        self.register_buffer("alpha", None if alpha is None else focal_dice.alpha_tensor(alpha), persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor, class_mask: Tensor | None = None) -> Tensor:
         """Logits (N, C, *spatial) and target -> scalar; class_mask (N, C) bool."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import channelwise
-from ._arguments import require_float
+from ._arguments import integer, require_float, require_number
 from ._lib import forbid_double_backward
 from .reference import norm_act as reference
 from .reference.norm_act import Sets
@@ -46,7 +46,8 @@ def norm_act(
         running_mean, running_var: (C,), for "batch" only. With `training` they are updated in place as
             `torch.nn.BatchNorm3d` does (unbiased variance); without it they are the statistics used.
         training: for "batch": use the statistics of `x`. The other norms always do.
-        momentum: share of the new statistics in the running ones.
+        momentum: share of the new statistics in the running ones, >= 0.
+        eps: >= 0, added to the variance.
         activation: "relu", "leaky_relu" or None.
         negative_slope: of "leaky_relu".
         process_group: for "batch" in training: take the statistics over the batches of all its processes, as
@@ -57,10 +58,10 @@ def norm_act(
 
     Raises:
         TypeError: wrong types, dtypes or devices.
-        ValueError: an unknown name, shapes that do not fit, missing or unexpected running statistics, or one value
-            only to take statistics from.
+        ValueError: an unknown name, shapes or numbers that do not fit, missing or unexpected running statistics or
+            groups, and no or one value only to take statistics from.
     """
-    check_names(norm, activation)
+    check_options(norm, activation, num_groups, momentum, eps, negative_slope)
     if process_group is not None and norm != "batch":
         raise ValueError(f"process_group belongs to batch norm, got it with norm={norm!r}")
     sets = check_norm(x, weight, bias, norm, num_groups, running_mean, running_var, training, process_group)
@@ -179,12 +180,19 @@ def update_running(
     running_var.lerp_((variance[0] * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
-def check_names(norm: str, activation: str | None) -> None:
-    """Refuse unknown norms and activations."""
+def check_options(
+    norm: str, activation: str | None, num_groups: int | None, momentum: float, eps: float, negative_slope: float = 0.01
+) -> None:
+    """Refuse unknown norms and activations, groups of another norm, and numbers out of range."""
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be None or one of {get_args(Activation)}, got {activation!r}")
+    if num_groups is not None and norm != "group":
+        raise ValueError(f"num_groups belongs to group norm, got it with norm={norm!r}")
+    require_number(momentum, "momentum", least=0)
+    require_number(eps, "eps", least=0)
+    require_number(negative_slope, "negative_slope")
 
 
 def group_count(channels: int, num_groups: int | None) -> int:
@@ -192,6 +200,7 @@ def group_count(channels: int, num_groups: int | None) -> int:
     if num_groups is None:
         # not math.gcd, which cannot be traced
         return next(count for count in (8, 4, 2, 1) if channels % count == 0)
+    num_groups = integer(num_groups, "num_groups")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, got {num_groups}")
     return num_groups
@@ -208,15 +217,17 @@ def check_norm(
     training: bool,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> Sets:
-    """What shares statistics; refuses what does not fit."""
-    check_names(norm, None)
+    """What shares statistics; refuses tensors that do not fit."""
     _check_tensors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _check_running(norm, running_mean, running_var, training)
-    groups = group_count(x.shape[1], num_groups if norm == "group" else None)
+    groups = group_count(x.shape[1], num_groups)
     if process_group is not None and training:
         return _across_processes(x, groups, process_group)
     sets = Sets(norm, groups, x.shape[2:].numel())
-    if (norm != "batch" or training) and x.shape[0] and sets.numbers(x.movedim(1, -1)) == 1:
+    takes = x.shape[0] and (norm != "batch" or training)
+    if takes and 0 in x.shape[2:]:
+        raise ValueError(f"x has no voxels to take statistics from: {tuple(x.shape)}")
+    if takes and sets.numbers(x.movedim(1, -1)) == 1:
         raise ValueError(f"norm={norm!r} has one value only to take statistics from: x is {tuple(x.shape)}")
     return sets
 

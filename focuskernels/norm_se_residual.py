@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import channelwise
 from ._lib import forbid_double_backward
-from .norm_act import Norm, check_norm, given_statistics, update_running
+from .norm_act import Norm, check_norm, check_options, given_statistics, update_running
 from .reference import norm_act as norm_reference
 from .reference import se_residual as se_reference
 from .reference.norm_act import Sets
@@ -58,6 +58,7 @@ def norm_se_residual(
     layers = Layers(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_branches(x, residual)
     check_layers(x, layers)
+    check_options(norm, None, num_groups, momentum, eps)
     sets = check_norm(x, weight, bias, norm, num_groups, running_mean, running_var, training)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import require_float, triple, values_are_readable
+from ._arguments import as_list, integer, positive_scale, require_float, triple, values_are_readable
 from ._lib import (
     DTYPES,
     MOST_PROGRAMS,
@@ -66,25 +66,18 @@ def roi_align_3d(
     if 0 in input.shape[2:]:
         raise ValueError(f"input has no voxels: {tuple(input.shape)}")
     out = triple(output_size, "output_size")
-    scale = _scale(spatial_scale)
-    if not isinstance(sampling_ratio, int):
-        raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
+    scale = list(positive_scale(spatial_scale, "spatial_scale"))
+    sampling_ratio = integer(sampling_ratio, "sampling_ratio")
+    check_box_order(box_order)
     boxes = _ordered(_rows(rois, input), box_order)
     _check_values(boxes, input.shape[0])
     return _ROIAlign.apply(input, boxes, list(out), scale, sampling_ratio, aligned)
 
 
-def _scale(value: float | Sequence[float]) -> list[float]:
-    scale = [value] * 3 if isinstance(value, int | float) else list(value)
-    if len(scale) != 3 or not all(0 < s < float("inf") for s in scale):
-        raise ValueError(f"spatial_scale must be one or three positive numbers, got {value!r}")
-    return [float(s) for s in scale]
-
-
 def _rows(rois: Tensor | Sequence[Tensor], input: Tensor) -> Tensor:
     """(K, 7), at least float32, a new tensor or the caller's."""
     if not isinstance(rois, Tensor):
-        boxes = list(rois)
+        boxes = as_list(rois, "rois", "one tensor of boxes per sample, or be (K, 7)")
         if len(boxes) != input.shape[0]:
             raise ValueError(
                 f"rois holds boxes of {len(boxes)} samples, input {tuple(input.shape)} has {input.shape[0]}"
@@ -116,10 +109,16 @@ def _check_rows(rois: Tensor, name: str, columns: int, device: torch.device) -> 
         raise ValueError(f"{name} must be (K, {columns}), got {tuple(rois.shape)}")
 
 
-def _ordered(rois: Tensor, box_order: str) -> Tensor:
-    """Columns (sample, z1, y1, x1, z2, y2, x2)."""
+def check_box_order(box_order: str) -> None:
+    """Refuse what names other axes than each of three twice."""
+    if not isinstance(box_order, str):
+        raise TypeError(f"box_order must be a string, got {box_order!r}")
     if sorted(box_order) != sorted("zyxzyx"):
         raise ValueError(f"box_order must name each of z, y, x twice, got {box_order!r}")
+
+
+def _ordered(rois: Tensor, box_order: str) -> Tensor:
+    """Columns (sample, z1, y1, x1, z2, y2, x2)."""
     if box_order == "zyxzyx":
         return rois
     columns = [0, *(1 + box_order.index(a) for a in "zyx"), *(1 + box_order.rindex(a) for a in "zyx")]

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from ._arguments import require_float, triple, values_are_readable
+from ._arguments import as_list, integer, positive_scale, require_float, triple, values_are_readable
 from ._lib import (
     DTYPES,
     MOST_PROGRAMS,
@@ -89,17 +89,13 @@ def roi_gather_3d(
             `centers` on the CPU outside `torch.compile`, a coordinate that is not finite or a sample number out of
             range. Where values are not looked at, a sample number out of range gives zeros and a NaN coordinate NaN.
     """
-    if isinstance(sources, Tensor):
-        raise TypeError(f"sources must be a sequence of tensors, got one tensor of shape {tuple(sources.shape)}")
-    sources = list(sources)
     roi = triple(roi_size, "roi_size")
     out = roi if output_size is None else triple(output_size, "output_size")
-    _check_sources(sources)
-    scales = _scales(spatial_scales, len(sources))
+    sources = _list_of_sources(sources)
+    scales = _flat_scales(spatial_scales, len(sources))
     check_centers(centers, sources[0].shape[0], sources[0].device)
     check_padding(padding)
-    flat_scales = [s for scale in scales for s in scale]
-    (rois,), aliases = _gather(sources, centers, _Options(list(roi), list(out), flat_scales, [], padding), passthrough)
+    (rois,), aliases = _gather(sources, centers, _Options(list(roi), list(out), scales, [], padding), passthrough)
     return (rois, aliases) if passthrough else rois
 
 
@@ -154,15 +150,18 @@ def roi_gather_each_3d(
     Raises:
         TypeError, ValueError: as `roi_gather_3d`; and for numbers of sizes or channels that do not fit.
     """
-    sources = list(sources)
-    _check_sources(sources)
+    sources = _list_of_sources(sources)
     check_centers(centers, sources[0].shape[0], sources[0].device)
     check_padding(padding)
-    sizes = [n for k, size in enumerate(roi_sizes) for n in triple(size, f"roi_sizes[{k}]")]
+    sizes = [
+        n
+        for k, size in enumerate(as_list(roi_sizes, "roi_sizes", "one size per ROI"))
+        for n in triple(size, f"roi_sizes[{k}]")
+    ]
     if len(sizes) != 3 * len(centers):
         raise ValueError(f"{len(centers)} centers need as many roi_sizes, got {len(sizes) // 3}")
-    flat_scales = [s for scale in _scales(spatial_scales, len(sources)) for s in scale]
-    options = _Options(sizes, sizes, flat_scales, _channels(channels, sources, len(centers)), padding)
+    scales = _flat_scales(spatial_scales, len(sources))
+    options = _Options(sizes, sizes, scales, _channels(channels, sources, len(centers)), padding)
     rois, aliases = _gather(sources, centers, options, passthrough)
     return (rois, aliases) if passthrough else rois
 
@@ -175,22 +174,28 @@ def check_padding(padding: str) -> None:
 
 def _channels(channels: Sequence[Sequence[int] | None] | None, sources: Sequence[Tensor], rois: int) -> list[int]:
     """K numbers per source, -1 for all; nothing where every ROI reads all channels of every source."""
-    if channels is None or all(some is None for some in channels):
+    per_source = [] if channels is None else as_list(channels, "channels", "None or K channel numbers per source")
+    if all(some is None for some in per_source):
         return []
-    if len(channels) != len(sources):
-        raise ValueError(f"channels has {len(channels)} entries for {len(sources)} sources")
+    if len(per_source) != len(sources):
+        raise ValueError(f"channels has {len(per_source)} entries for {len(sources)} sources")
     result = []
-    for i, (some, source) in enumerate(zip(channels, sources, strict=True)):
-        numbers = [-1] * rois if some is None else [int(c) for c in some]
+    for i, (some, source) in enumerate(zip(per_source, sources, strict=True)):
+        name = f"channels[{i}]"
+        chosen = [-1] * rois if some is None else as_list(some, name, "channel numbers")
+        numbers = [integer(c, f"{name}[{k}]") for k, c in enumerate(chosen)]
         if len(numbers) != rois:
-            raise ValueError(f"channels[{i}] names {len(numbers)} channels for {rois} ROIs")
+            raise ValueError(f"{name} names {len(numbers)} channels for {rois} ROIs")
         if some is not None and not all(0 <= c < source.shape[1] for c in numbers):
-            raise ValueError(f"channels[{i}] names {numbers}, sources[{i}] has {source.shape[1]} channels")
+            raise ValueError(f"{name} names {numbers}, sources[{i}] has {source.shape[1]} channels")
         result += numbers
     return result
 
 
-def _check_sources(sources: Sequence[Tensor]) -> None:
+def _list_of_sources(sources: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(sources, Tensor):
+        raise TypeError(f"sources must be a sequence of tensors, got one tensor of shape {tuple(sources.shape)}")
+    sources = as_list(sources, "sources", "tensors")
     if not sources:
         raise ValueError("sources is empty, expected at least one (N, C, D, H, W) tensor")
     for i, source in enumerate(sources):
@@ -201,22 +206,23 @@ def _check_sources(sources: Sequence[Tensor]) -> None:
             raise ValueError(f"sources differ in batch size: {[tuple(s.shape) for s in sources]}")
         if source.device != sources[0].device:
             raise TypeError(f"sources lie on different devices: {[str(s.device) for s in sources]}")
+    return sources
 
 
-def _scales(spatial_scales: Sequence[float | Sequence[float]] | None, count: int) -> list[tuple[float, float, float]]:
+def _flat_scales(spatial_scales: Sequence[float | Sequence[float]] | None, count: int) -> list[float]:
+    """Three numbers per source."""
     if spatial_scales is None:
-        return [(1.0, 1.0, 1.0)] * count
-    if not isinstance(spatial_scales, Sequence) or isinstance(spatial_scales, str):
-        raise TypeError(f"spatial_scales must hold one scale per source, got {spatial_scales!r}")
-    if len(spatial_scales) != count:
-        raise ValueError(f"spatial_scales has {len(spatial_scales)} entries for {count} sources")
-    scales = []
-    for i, value in enumerate(spatial_scales):
-        scale = (value,) * 3 if isinstance(value, int | float) else tuple(value)
-        if len(scale) != 3 or not all(0 < s < float("inf") for s in scale):
-            raise ValueError(f"spatial_scales[{i}] must be one or three positive numbers, got {value!r}")
-        scales.append((float(scale[0]), float(scale[1]), float(scale[2])))
-    return scales
+        return [1.0] * (3 * count)
+    scales = checked_scales(spatial_scales)
+    if len(scales) != count:
+        raise ValueError(f"spatial_scales has {len(scales)} entries for {count} sources")
+    return [number for scale in scales for number in scale]
+
+
+def checked_scales(spatial_scales: Sequence[float | Sequence[float]]) -> list[tuple[float, float, float]]:
+    """One scale per source, as three numbers each."""
+    scales = as_list(spatial_scales, "spatial_scales", "one scale per source")
+    return [positive_scale(scale, f"spatial_scales[{i}]") for i, scale in enumerate(scales)]
 
 
 def check_centers(centers: Tensor, samples: int, device: torch.device) -> None:

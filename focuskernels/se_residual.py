@@ -132,6 +132,7 @@ def check_branches(x: Tensor, residual: Tensor) -> None:
 def check_layers(x: Tensor, layers: Layers) -> None:
     """Refuse layers that do not fit each other or the channels of `x`."""
     require_float(layers.fc1_weight, "fc1_weight", dim=2)
+    require_float(layers.fc2_weight, "fc2_weight", dim=2)
     channels, hidden = x.shape[1], layers.fc1_weight.shape[0]
     shapes: tuple[tuple[int, ...], ...] = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
     for name, tensor, shape in zip(Layers._fields, layers, shapes):

@@ -44,19 +44,24 @@ def up_cat_conv3d(x: Tensor, skip: Tensor, layers: "Sequence[tuple[NormAct3d, Di
         TypeError: dtypes or devices that differ.
         ValueError: shapes that do not fit; a group norm, whose groups may span both inputs; a bias.
     """
-    require_float(x, "x")
-    require_float(skip, "skip")
+    for norm, _ in layers:
+        check_inputs(x, skip, norm.channels)
     if x.dtype != skip.dtype or x.device != skip.device:
         raise TypeError(f"x is {x.dtype} on {x.device}, skip is {skip.dtype} on {skip.device}")
-    channels = x.shape[1] + skip.shape[1]
-    if x.shape[0] != skip.shape[0] or any(norm.channels != channels for norm, _ in layers):
-        wanted = f"one batch size and, together, {layers[0][0].channels} channels"
-        raise ValueError(f"x is {tuple(x.shape)} and skip {tuple(skip.shape)}, expected {wanted}")
     for norm, conv in layers:
         if norm.norm == "group" or conv.bias is not None:
             raise ValueError(f"expected batch or instance norm and no bias, got {norm} and {conv}")
     parameters = [p for norm, conv in layers for p in (norm.weight, norm.bias, conv.weight)]
     return list(_UpCatConv.apply(x, skip, [_Layer.of(*pair) for pair in layers], *parameters))
+
+
+def check_inputs(x: Tensor, skip: Tensor, channels: int) -> None:
+    """Refuse two maps of different batch sizes, or of another number of channels together."""
+    require_float(x, "x")
+    require_float(skip, "skip")
+    if x.shape[0] != skip.shape[0] or x.shape[1] + skip.shape[1] != channels:
+        wanted = f"one batch size and, together, {channels} channels"
+        raise ValueError(f"x is {tuple(x.shape)} and skip {tuple(skip.shape)}, expected {wanted}")
 
 
 class _Layer(NamedTuple):

@@ -472,7 +472,7 @@ def test_module_is_the_function() -> None:
         (ValueError, "gamma", lambda x, t: (x, t, {"gamma": float("nan")})),
         (TypeError, "gamma must be a number, got '2'", lambda x, t: (x, t, {"gamma": "2"})),
         (TypeError, "focal_weight must be a number, got '1'", lambda x, t: (x, t, {"focal_weight": "1"})),
-        (TypeError, "ignore_index must be None or an integer, got 1.5", lambda x, t: (x, t, {"ignore_index": 1.5})),
+        (TypeError, "ignore_index must be an integer, got 1.5", lambda x, t: (x, t, {"ignore_index": 1.5})),
         (ValueError, "smooth", lambda x, t: (x, t, {"smooth": -1.0})),
         (ValueError, "tanh", lambda x, t: (x, t, {"activation": "tanh"})),
         (ValueError, "none", lambda x, t: (x, t, {"class_reduction": "none"})),

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from compare import assert_traceable
@@ -13,6 +14,7 @@ from focuskernels.nn import (
     DilatedConv3d,
     FocalDiceLoss,
     NormAct3d,
+    ROIAlign3d,
     ROIGather3d,
     SEResBlock3d,
     SEResidual3d,
@@ -245,6 +247,12 @@ def test_compile() -> None:
     assert_traceable(block, torch.randn(2, 2, 3, 4, 5, requires_grad=True), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [np.int64(4), np.array([4, 4, 4]), [np.int32(4), 4, 4]])
+def test_sizes_may_be_numpys(size: object) -> None:
+    found = ROIGather3d(size).roi_size
+    assert found == (4, 4, 4) and {type(side) for side in found} == {int}
+
+
 def test_bad_arguments() -> None:
     for error, match, build in [
         (ValueError, "channels must be positive, got 0", lambda: NormAct3d(0)),
@@ -253,12 +261,25 @@ def test_bad_arguments() -> None:
         (ValueError, r"odd, got \(3, 2, 3\)", lambda: DilatedConv3d(2, 2, (3, 2, 3))),
         (TypeError, "dilation must be an integer or three", lambda: DilatedConv3d(2, 2, 3, (1, 2))),
         (ValueError, "reduction must be positive", lambda: SEResidual3d(4, 0)),
+        (TypeError, "channels must be an integer, got 2.0", lambda: NormAct3d(2.0)),
+        (ValueError, "eps must be finite", lambda: NormAct3d(2, eps=-1.0)),
+        (ValueError, "num_groups belongs to group norm", lambda: NormAct3d(6, "batch", 2)),
         (ValueError, "at least one branch", lambda: DenseASPP3d(4, dilations=[])),
+        (TypeError, "dilations must hold one dilation per branch, got 3", lambda: DenseASPP3d(4, dilations=3)),
+        (ValueError, "growth must be positive, got 0", lambda: DenseASPP3d(4, 0)),
+        (ValueError, "spatial_scale must be one or three", lambda: ROIAlign3d(2, -1.0)),
+        (TypeError, "sampling_ratio must be an integer", lambda: ROIAlign3d(2, sampling_ratio=0.5)),
+        (ValueError, "box_order must name each", lambda: ROIAlign3d(2, box_order="xyxy")),
+        (ValueError, r"spatial_scales\[1\] must be one or three", lambda: ROIGather3d(2, spatial_scales=[1, 0])),
         (ValueError, "roi_size must be positive", lambda: ROIGather3d(0)),
+        (TypeError, "roi_size must be an integer or three", lambda: ROIGather3d(True)),
+        (TypeError, "roi_size must be an integer or three", lambda: ROIGather3d((2.0, 2.0, 2.0))),
         (ValueError, "padding must be", lambda: ROIGather3d(2, padding="reflect")),
         (ValueError, "alpha must hold one number per class, got 0.25", lambda: FocalDiceLoss(alpha=0.25)),
         (ValueError, "alpha must be finite", lambda: FocalDiceLoss(alpha=[1.0, -1.0])),
-        (TypeError, "ignore_index must be None or an integer", lambda: FocalDiceLoss(ignore_index=1.5)),
+        (ValueError, "x has 4 channels, expected 3", lambda: SEResBlock3d(3, 8)(torch.zeros(1, 4, 2, 2, 2))),
+        (ValueError, "x has 4 channels, expected 3", lambda: DenseASPP3d(3)(torch.zeros(1, 4, 2, 2, 2))),
+        (TypeError, "ignore_index must be an integer", lambda: FocalDiceLoss(ignore_index=1.5)),
     ]:
         with pytest.raises(error, match=match):
             build()

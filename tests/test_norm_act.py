@@ -17,6 +17,10 @@ from focuskernels.reference import nn as stock
 NORMS = ["batch", "instance", "group"]
 
 
+def options(norm: str, groups: int) -> dict[str, Any]:
+    return {"norm": norm, "num_groups": groups if norm == "group" else None}
+
+
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor, norm: str, groups: int, eps: float = 1e-5) -> Tensor:
     n, c = x.shape[:2]
     if norm == "group":
@@ -41,7 +45,7 @@ def test_matches_the_formula(norm: str, shape: tuple[int, ...]) -> None:
     x, weight, bias = sample(shape)
     normed = by_hand(x, weight, bias, norm, 3)
     for activation, expected in [(None, normed), ("relu", normed.relu()), ("leaky_relu", F.leaky_relu(normed, 0.2))]:
-        keywords = {"norm": norm, "num_groups": 3, "activation": activation, "negative_slope": 0.2}
+        keywords = {**options(norm, 3), "activation": activation, "negative_slope": 0.2}
         torch.testing.assert_close(norm_act(x, weight, bias, **keywords), expected)
         single = norm_act(x.float(), weight.float(), bias.float(), **keywords)
         torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5)
@@ -51,7 +55,7 @@ def test_without_weight_and_bias() -> None:
     x = sample()[0]
     for norm in NORMS:
         expected = by_hand(x, torch.ones(6), torch.zeros(6), norm, 2)
-        torch.testing.assert_close(norm_act(x, None, None, norm=norm, num_groups=2, activation=None), expected)
+        torch.testing.assert_close(norm_act(x, None, None, **options(norm, 2), activation=None), expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -108,7 +112,9 @@ def test_gradients(norm: str, activation: str | None) -> None:
     for batch in (1, 2):
         leaves = [t.requires_grad_() for t in sample((batch, 4, 2, 2, 3))]
         assert torch.autograd.gradcheck(
-            lambda *a: norm_act(*a, norm=norm, num_groups=2, activation=activation), leaves, fast_mode=True
+            lambda *a: norm_act(*a, **options(norm, 2), activation=activation),
+            leaves,
+            fast_mode=True,
         )
 
 
@@ -128,7 +134,7 @@ def test_half_precision_rounds_at_the_end(norm: str, dtype: torch.dtype, wide: b
     x, weight, bias = sample((2, 8, 4, 5, 6))
     x = (x + 20).to(dtype)  # a mean far from 0: sums in half precision would be wrong
     weight, bias = (t.to(torch.float32 if wide else dtype) for t in (weight, bias))
-    y = norm_act(x, weight, bias, norm=norm, num_groups=2)
+    y = norm_act(x, weight, bias, **options(norm, 2))
     expected = by_hand(x.double(), weight.double(), bias.double(), norm, 2).relu()
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
@@ -138,7 +144,7 @@ def test_half_precision_rounds_at_the_end(norm: str, dtype: torch.dtype, wide: b
 def test_large_mean_keeps_the_variance(norm: str) -> None:
     x, weight, bias = sample()
     x = (x + 1e4).float()
-    y = norm_act(x, weight.float(), bias.float(), norm=norm, num_groups=3, activation=None)
+    y = norm_act(x, weight.float(), bias.float(), **options(norm, 3), activation=None)
     torch.testing.assert_close(y.double(), by_hand(x.double(), weight, bias, norm, 3), rtol=1e-3, atol=1e-2)
 
 
@@ -153,7 +159,7 @@ def test_constant_input_gives_the_bias() -> None:
 def test_layouts(norm: str) -> None:
     x, weight, bias = sample((2, 4, 3, 5, 6), torch.float32)
     # the "expanded" layout has few distinct values, hence the absolute tolerance
-    assert_layouts_agree(lambda t: norm_act(t, weight, bias, norm=norm, num_groups=2), x, rtol=1e-3, atol=1e-3)
+    assert_layouts_agree(lambda t: norm_act(t, weight, bias, **options(norm, 2)), x, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -195,6 +201,11 @@ def test_bad_input() -> None:
         (ValueError, "norm must be one of", (x, one, one), {"norm": "layer"}),
         (ValueError, "activation must be None or one of", (x, one, one), {"activation": "gelu"}),
         (ValueError, "num_groups must divide the 6 channels, got 4", (x, one, one), {"norm": "group", "num_groups": 4}),
+        (TypeError, "num_groups must be an integer, got 2.0", (x, one, one), {"norm": "group", "num_groups": 2.0}),
+        (ValueError, "num_groups belongs to group norm, got it with norm='batch'", (x, one, one), {"num_groups": 2}),
+        (ValueError, "eps must be finite and at least 0, got -1.0", (x, one, one), {"eps": -1.0}),
+        (TypeError, "momentum must be a number, got None", (x, one, one), {"momentum": None}),
+        (TypeError, "negative_slope must be a number, got '1'", (x, one, one), {"negative_slope": "1"}),
         (ValueError, "go together", (x, one, one), {"running_mean": one}),
         (
             ValueError,
@@ -203,6 +214,7 @@ def test_bad_input() -> None:
             {"norm": "group", "running_mean": one, "running_var": one},
         ),
         (ValueError, "without training needs running_mean", (x, one, one), {"training": False}),
+        (ValueError, r"x has no voxels to take statistics from: \(2, 6, 0, 3, 3\)", (x[:, :, :0], one, one), {}),
         (ValueError, r"one value only .* \(1, 6, 1, 1, 1\)", (x[:1, :, :1, :1, :1], one, one), {}),
         (ValueError, r"one value only .* \(2, 6, 1, 1, 1\)", (x[:, :, :1, :1, :1], one, one), {"norm": "instance"}),
     ]:

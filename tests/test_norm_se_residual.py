@@ -41,14 +41,16 @@ def test_is_norm_act_then_se_residual(norm: str, activation: str | None, squeeze
     for layout in (torch.contiguous_format, torch.channels_last_3d):
         leaves = sample()
         leaves[0] = leaves[0].detach().contiguous(memory_format=layout).requires_grad_()
-        assert_same(leaves, norm=norm, num_groups=2, activation=activation, squeeze=squeeze)
+        assert_same(
+            leaves, norm=norm, num_groups=2 if norm == "group" else None, activation=activation, squeeze=squeeze
+        )
 
 
 @pytest.mark.parametrize("squeeze", ["norm", "input"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradients(norm: str, squeeze: str) -> None:
     leaves = sample((2, 4, 2, 1, 3))
-    keywords = {"norm": norm, "num_groups": 2, "squeeze": squeeze}
+    keywords = {"norm": norm, "num_groups": 2 if norm == "group" else None, "squeeze": squeeze}
     assert torch.autograd.gradcheck(lambda *a: norm_se_residual(*a, **keywords), leaves, fast_mode=True)
 
 
@@ -101,6 +103,7 @@ def test_bad_input() -> None:
         (ValueError, "squeeze must be", {"squeeze": "output"}),
         (ValueError, "activation must be None or 'relu'", {"activation": "leaky_relu"}),
         (ValueError, "norm must be one of", {"norm": "layer"}),
+        (ValueError, "eps must be finite", {"eps": -1.0}),
         (ValueError, "without training needs running_mean", {"training": False}),
     ]:
         with pytest.raises(error, match=match):

@@ -268,6 +268,9 @@ def test_bad_input() -> None:
         (TypeError, r"rois\[0\] must be a tensor, got list", lambda: roi_align_3d(x, [[1], [2]], 2)),  # type: ignore
         (TypeError, "sampling_ratio must be an integer", lambda: roi_align_3d(x, rois, 2, 1.0, 0.5)),  # type: ignore
         (TypeError, "output_size must be an integer or three", lambda: roi_align_3d(x, rois, (2, 2))),
+        (TypeError, "rois must hold one tensor of boxes per sample.* got None", lambda: roi_align_3d(x, None, 2)),  # type: ignore
+        (TypeError, "spatial_scale must be one or three", lambda: roi_align_3d(x, rois, 2, None)),  # type: ignore
+        (TypeError, "box_order must be a string", lambda: roi_align_3d(x, rois, 2, box_order=None)),  # type: ignore
         (ValueError, "input must have 5 dimensions", lambda: roi_align_3d(x[0], rois, 2)),
         (ValueError, "input has no voxels", lambda: roi_align_3d(x[:, :, :0], rois, 2)),
         (ValueError, "boxes of 1 samples", lambda: roi_align_3d(x, [rois[:, 1:]], 2)),

@@ -341,17 +341,24 @@ def test_bad_input() -> None:
             roi_gather_3d(*arguments)  # type: ignore[call-overload]
     for error, match, keywords in [
         (TypeError, "one scale per source, got 1.0", {"spatial_scales": 1.0}),
+        (TypeError, r"spatial_scales\[0\] must be one or three positive numbers, got None", {"spatial_scales": [None]}),
         (ValueError, "2 entries for 1 sources", {"spatial_scales": [1, 1]}),
         (ValueError, r"spatial_scales\[0\] must be one or three positive", {"spatial_scales": [0]}),
         (ValueError, "padding must be 'zeros' or 'border', got 'reflect'", {"padding": "reflect"}),
     ]:
         with pytest.raises(error, match=match):
             roi_gather_3d([x], centers, 2, **keywords)
-    for match, keywords in [
-        ("1 centers need as many roi_sizes, got 2", {"roi_sizes": [2, 2]}),
-        ("channels has 2 entries for 1 sources", {"channels": [None, [0]]}),
-        (r"channels\[0\] names 2 channels for 1 ROIs", {"channels": [[0, 0]]}),
-        (r"channels\[0\] names \[1\], sources\[0\] has 1 channels", {"channels": [[1]]}),
+    for error, match, keywords in [
+        (TypeError, "sequence of tensors, got one tensor", {"sources": x}),
+        (TypeError, "sources must hold tensors, got None", {"sources": None}),
+        (TypeError, "roi_sizes must hold one size per ROI, got 4", {"roi_sizes": 4}),
+        (TypeError, "channels must hold None or K channel numbers per source, got 3", {"channels": 3}),
+        (TypeError, r"channels\[0\] must hold channel numbers, got 3", {"channels": [3]}),
+        (TypeError, r"channels\[0\]\[0\] must be an integer, got 0.7", {"channels": [[0.7]]}),
+        (ValueError, "1 centers need as many roi_sizes, got 2", {"roi_sizes": [2, 2]}),
+        (ValueError, "channels has 2 entries for 1 sources", {"channels": [None, [0]]}),
+        (ValueError, r"channels\[0\] names 2 channels for 1 ROIs", {"channels": [[0, 0]]}),
+        (ValueError, r"channels\[0\] names \[1\], sources\[0\] has 1 channels", {"channels": [[1]]}),
     ]:
-        with pytest.raises(ValueError, match=match):
-            roi_gather_each_3d([x], centers, **{"roi_sizes": [2], **keywords})  # type: ignore[call-overload]
+        with pytest.raises(error, match=match):
+            roi_gather_each_3d(**{"sources": [x], "centers": centers, "roi_sizes": [2], **keywords})

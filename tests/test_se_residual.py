@@ -139,6 +139,7 @@ def test_bad_input() -> None:
         (TypeError, "x must be floating point", (x.long(), residual, w1, b1, w2, b2), {}),
         (TypeError, "residual is torch.float64", (x, residual.double(), w1, b1, w2, b2), {}),
         (TypeError, "fc2_weight is torch.float64", (x, residual, w1, b1, w2.double(), b2), {}),
+        (TypeError, "fc2_weight must be a tensor, got NoneType", (x, residual, w1, b1, None, b2), {}),
         (TypeError, "fc1_bias must be a tensor, got list", (x, residual, w1, [0.0, 0.0], w2, b2), {}),
         (
             TypeError,

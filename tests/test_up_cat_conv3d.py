@@ -134,6 +134,11 @@ def test_bad_input() -> None:
         up_cat_conv3d.up_cat_conv3d(x[:1], skip, [pair])
     with pytest.raises(ValueError, match="11 channels"):
         up_cat_conv3d.up_cat_conv3d(x[:, :3], skip, [pair])
+    for norm in ("batch", "group"):
+        block, _ = blocks(norm, torch.float32)
+        for other, match in ((x[:1], "one batch size"), (x[:, :3], "11 channels")):
+            with pytest.raises(ValueError, match=match):
+                block(other, skip)
     block, _ = blocks("batch", torch.float32)
     y = block(x.requires_grad_(), skip)
     with pytest.raises(RuntimeError, match="second derivative"):
