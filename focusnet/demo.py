@@ -7,6 +7,7 @@ from rich.rule import Rule
 
 from . import evaluate, phantom, predict, train
 from .cli import command_parser, console, parse, run
+from .files import check_replaceable
 
 TRAINING_CASES, TEST_CASES = 12, 2
 ORGANS = (
@@ -25,6 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="folder for everything; a stopped demo goes on where it was")
     out = parse(parser, argv).out
+    check_replaceable(out, "demo", *[("phantoms", "run", "cache", "predictions", "evaluation")] * 2)
+    try:
+        return _demo(out)
+    except KeyboardInterrupt:
+        print(f"to go on with the demo, repeat it: {parser.prog} {out}")
+        raise
+
+
+def _demo(out: Path) -> int:
     report, started = console(), time.monotonic()
     data, run_folder, predictions = out / "phantoms", out / "run", out / "predictions"
     for name, cases, seed in (("train", TRAINING_CASES, 1), ("test", TEST_CASES, 2)):

@@ -236,12 +236,12 @@ def evaluate(
     Raises:
         FocusNetError: a folder or file cannot be read, cases or organs are missing, or grids differ.
     """
+    listed = None if small is None else {canonical_name(name) for name in small}
     pairs, notes = _pair_cases(truth, prediction, allow_missing_cases)
     names = _choose_organs(pairs, organs, notes)
     jobs = [(one, other, names) for one, other in pairs]
     scores = [score for found in _in_parallel(jobs, processes) for score in found]
-    small_names = _small_organs(scores) if small is None else {canonical_name(name) for name in small}
-    return Evaluation(scores, summarize(scores, small_names), notes)
+    return Evaluation(scores, summarize(scores, _small_organs(scores) if listed is None else listed), notes)
 
 
 def write_results(evaluation: Evaluation, out: Path) -> None:

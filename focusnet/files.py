@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,9 +30,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` with its suffixes; on success it replaces `path`, on error it is removed.
 
     Raises:
-        FocusNetError: the folder or file cannot be written (read-only, disk full), naming `path`.
+        FocusNetError: the folder or file cannot be written (read-only, disk full, a folder), naming `path`.
     """
     path = Path(path)
+    check_no_folder(path)
     # the unique part goes first, so that writers that look at the suffix (.nii.gz) still see it
     temporary = _beside(path, "tmp")
     try:
@@ -144,6 +145,33 @@ def check_writable(folder: Path) -> None:
     except FocusNetError as error:
         raise FocusNetError(str(error).replace(f"cannot write {probe}", f"cannot write into {folder}")) from error
     probe.unlink(missing_ok=True)
+
+
+def check_no_folder(file: Path) -> None:
+    """Refuse a folder where a file is to be written.
+
+    Raises:
+        FocusNetError: it is a folder, naming it.
+    """
+    if os.path.isdir(file):  # unlike Path.is_dir, it is silent about a folder that may not be read
+        raise FocusNetError(f"cannot write {file}: it is a folder, expected a file")
+
+
+def check_replaceable(folder: Path, kind: str, written: Collection[str], marks: Collection[str]) -> None:
+    """Refuse to replace a folder that is none of a `kind`: what was `written` into such a one is all it may hold, one
+    of `marks` at least, beside hidden files.
+
+    Raises:
+        FocusNetError: it holds something else, or is a file, naming it.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FocusNetError(f"cannot write {folder}: it is a file, expected a folder")
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if found and (found.difference(written) or not found.intersection(marks)):
+        odd = min(found.difference(written), default=f"no {min(marks)}")
+        raise FocusNetError(f"cannot replace {folder}: it is no {kind} ({odd}); choose another folder")
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -376,7 +376,8 @@ def _bytes_of(memory: str, device: torch.device) -> float:
     except ValueError:
         gigabytes = math.nan
     if not 0 < gigabytes < math.inf:
-        raise FocusNetError(f"--memory {memory}: expected GB above 0, or auto for what is free on a GPU")
+        auto = "or auto for what is free" if device.type == "cuda" else "auto is for training on a GPU"
+        raise FocusNetError(f"--memory {memory}: expected GB above 0; {auto}")
     return gigabytes * 1e9
 
 

@@ -26,7 +26,7 @@ from .data.inputs import find_inputs
 from .data.preprocess import BODY_HU, prepare_image, restore_labels
 from .data.series import is_series
 from .errors import FocusNetError
-from .files import atomic_folder, check_writable
+from .files import atomic_folder, check_replaceable, check_writable
 from .inference import Segmentation, segment_hu
 from .measures import STATISTICS, measure, write_cohort
 from .qc import draw_qc
@@ -38,6 +38,7 @@ _WRITTEN = {
     "labels.nii.gz", "labels.seg.nrrd", "labels.json", "segmentations", "seg.dcm", "rtstruct.dcm", "qc.png",
     STATISTICS, RECORD,
 }  # fmt: skip
+_PREDICTION = ("prediction", _WRITTEN, (STATISTICS, RECORD))  # with the data set as --out, the CTs would be replaced
 _PARTS = {"snet": "S-Net", "sol": "SOL-Net", "sos": "SOS-Net"}
 
 Format = Literal["nii.gz", "nrrd"]
@@ -120,7 +121,7 @@ def predict_case(job: Job, name: str, source: Path) -> None:
         FocusNetError: `source` cannot be read, or the folder cannot be written or is no prediction's.
     """
     model, outputs = job.model, job.outputs
-    _check_replaceable(job.out / name)
+    check_replaceable(job.out / name, *_PREDICTION)
     image, slices = _read(source, outputs)
     if not (image.array > BODY_HU).any():
         print(f"note: {name}: {source} shows nobody: no voxel is above {BODY_HU} HU", file=sys.stderr)
@@ -155,18 +156,6 @@ def _read(source: Path, outputs: Outputs) -> "tuple[Volume, list[Dataset]]":
 
 def _uids(slices: "list[Dataset]") -> list[str]:
     return [str(ds.SOPInstanceUID) for ds in slices]
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what `predict` did not write: with the data set as --out, that would be the CTs."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FocusNetError(f"cannot write {folder}: it is a file, expected a folder")
-    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if found and (not found & {STATISTICS, RECORD} or found - _WRITTEN):
-        odd = min(found - _WRITTEN, default=f"no {STATISTICS}")
-        raise FocusNetError(f"cannot replace {folder}: it is no prediction ({odd}); choose another --out")
 
 
 def _check_dicom(inputs: dict[str, Path]) -> None:
@@ -309,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_dicom(inputs)
     for name in inputs:
         if not (job.out / name / STATISTICS).exists():
-            _check_replaceable(job.out / name)  # before hours of work
+            check_replaceable(job.out / name, *_PREDICTION)  # before hours of work
     check_writable(job.out)
     processes, speaks = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     if speaks:

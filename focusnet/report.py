@@ -22,7 +22,7 @@ from .cohort import ERROR_SUFFIX, RECORD, read_failure
 from .data.organs import organ_color
 from .errors import FocusNetError
 from .evaluate import OrganScore, Stat, evaluate
-from .files import atomic_write
+from .files import atomic_write, check_no_folder
 from .measures import STATISTICS, read_json, read_statistics
 
 Pictures = Literal["all", "flagged", "none"]
@@ -333,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         "--pictures", type=Pictures, default="all", help="all, flagged (of cases with flags) or none; about 0.1 MB each"
     )
     arguments = parse(parser, argv)
+    check_no_folder(arguments.out)
     page = make_report(arguments.predictions, arguments.truth, pictures=arguments.pictures)
     with atomic_write(arguments.out) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from focusnet import prepare, train
+from focusnet import demo, prepare, train
 from focusnet.cli import PRESETS, add_config, command_parser, config_of, parse, pick_device, run
 from focusnet.config import _RULES, Config, LossConfig, settings_of
 from focusnet.data.organs import canonical_name
@@ -201,6 +201,22 @@ def test_help_has_examples(command: str, script: str, prog: str, monkeypatch, ca
     said, prog = capsys.readouterr().out, prog.format(command)
     assert said.startswith(f"usage: {prog} [options] ")
     assert said.partition("\nexamples")[2].count(f"  {prog} ") >= 2
+
+
+def test_a_stopped_demo_says_how_it_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    def stop(argv: list[str]) -> int:
+        (tmp_path / "demo" / "phantoms").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.phantom, "main", stop)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main([str(tmp_path / "demo")])
+    assert (
+        f"to go on with the demo, repeat it: python -m focusnet.demo {tmp_path / 'demo'}\n" in capsys.readouterr().out
+    )
+    (tmp_path / "demo" / "notes.txt").touch()
+    with pytest.raises(FocusNetError, match=r"demo: it is no demo \(notes.txt\)"):
+        demo.main([str(tmp_path / "demo")])
 
 
 def test_help_of_prepare_has_the_settings_of_data(capsys) -> None:

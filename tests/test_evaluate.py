@@ -263,6 +263,8 @@ def test_an_organ_without_any_prediction_is_missed_and_said(folders: tuple[Path,
 def test_wrong_organs_are_named(folders: tuple[Path, Path]) -> None:
     with pytest.raises(FocusNetError, match="no case of the truth has Eye_L; it has Brainstem"):
         evaluate(*folders, organs=["Eye_L", "Brainstem"])
+    with pytest.raises(FocusNetError, match="unknown organ name 'Foo'"):
+        evaluate(Path("no folder that would be read"), folders[1], small=["Foo"])
     with pytest.raises(FocusNetError, match="Branstem"):
         evaluate(*folders, organs=["Branstem"])
 

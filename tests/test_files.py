@@ -87,6 +87,15 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("name", ["", ".", "/", "folder"])
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FocusNetError, match=f"^cannot write {Path(name)}: it is a folder, expected a file$"):
+        write(Path(name), "1")
+    assert names(tmp_path) == ["folder"]
+
+
 def write_folder(path: Path, name: str, error: type[BaseException] | None = None) -> None:
     with atomic_folder(path) as temporary:
         write(temporary / name, "new")

@@ -246,24 +246,51 @@ def test_the_command_writes_the_same_bytes_whatever_the_number_of_cases(tmp_path
 def test_a_folder_with_something_in_it_is_kept(tmp_path: Path) -> None:
     (tmp_path / "phantom_0000" / "structures").mkdir(parents=True)
     (tmp_path / "phantom_0000" / "structures" / "Glnd_Submand_L.nrrd").write_text("")
-    (tmp_path / "phantom_0000" / "notes.txt").write_text("mine")
+    notes = tmp_path / "phantom_0000" / "notes.txt"
+    notes.write_text("mine")
     with pytest.raises(FocusNetError, match="not empty"):
         phantom.main([str(tmp_path), "--cases", "1", *HEAD])
+    with pytest.raises(FocusNetError, match="is a file"):
+        phantom.main([str(notes), *HEAD])
+    with pytest.raises(FocusNetError, match=r"^cannot replace .*phantom_0000: it is no phantom \(notes.txt\)"):
+        phantom.main([str(tmp_path), "--cases", "1", "--overwrite", *HEAD])
+    assert notes.read_text() == "mine"
+    notes.unlink()
     phantom.main([str(tmp_path), "--cases", "1", "--overwrite", *HEAD])
     assert set(find_cases(tmp_path)[0].organs) == set(PAPER_ORGANS)
-    assert (tmp_path / "phantom_0000" / "notes.txt").read_text() == "mine"
-    with pytest.raises(FocusNetError, match="is a file"):
-        phantom.main([str(tmp_path / "phantom_0000" / "notes.txt"), *HEAD])
 
 
 @pytest.mark.parametrize(
-    "options", [["--cases", "0"], ["--seed", "-1"], ["--field_of_view", "leg"], ["--missing", "x"]]
+    ("options", "named"),
+    [
+        (["--cases", "0"], "^--cases 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--field_of_view", "leg"], "field_of_view"),
+        (["--missing", "x"], "missing"),
+        (["--missing", "2"], "^missing is 2.0, expected"),
+        (["--organs", "[Nose]"], "^unknown organ name 'Nose'"),
+        (["--spacing", "[2,0,2]"], r"^--spacing \[2.0, 0.0, 2.0\]: expected three lengths above 0 mm$"),
+        (["--field_of_view", "[10,100,100]"], "^spacing .* expected at least 8 voxels"),
+    ],
 )
-def test_bad_arguments_are_one_line(tmp_path: Path, options: list[str]) -> None:
-    with pytest.raises(FocusNetError) as caught:
+def test_bad_arguments_are_one_line(tmp_path: Path, options: list[str], named: str) -> None:
+    with pytest.raises(FocusNetError, match=named) as caught:
         phantom.main([str(tmp_path / "out"), *options])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_overwrite_leaves_the_older_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command.write_case(tmp_path / "case", *blocks())
+    before = files(tmp_path)
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "write_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command.write_case(tmp_path / "case", *blocks())
+    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 19])
@@ -351,6 +378,8 @@ def test_a_bad_label_folder_is_named_with_its_case(tmp_path: Path) -> None:
     )
     with pytest.raises(FocusNetError, match="hybrid_p: OpticChiasm"):
         phantom.main([str(tmp_path / "out"), "--from-labels", str(tmp_path / "labels")])
+    with pytest.raises(FocusNetError, match=r"^--cases 2: .*labels has 1$"):
+        phantom.main([str(tmp_path / "out"), "--from-labels", str(tmp_path / "labels"), "--cases", "2"])
 
 
 @needs_real_data

@@ -255,7 +255,7 @@ def test_every_stage_that_is_trained_fits(monkeypatch) -> None:
 @pytest.mark.parametrize("memory", ["auto", "0", "nan", "much"])
 def test_memory_is_a_number(memory: str) -> None:
     config = configuration()
-    with pytest.raises(FocusNetError, match=f"--memory {memory}: expected GB above 0, or auto"):
+    with pytest.raises(FocusNetError, match=f"^--memory {memory}: expected GB above 0; auto is for training on a GPU$"):
         fitting_crop(config, plan_of_cases(config), memory, torch.device("cpu"))
 
 

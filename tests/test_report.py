@@ -179,6 +179,9 @@ def test_the_command(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert report.main([str(cohort / "out"), "--truth", str(cohort / "data"), "--out", str(out)]) == 0
     assert re.fullmatch(rf"written: {out}, 0\.\d MB\n", capsys.readouterr().out)
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+    for folder in (".", str(tmp_path)):
+        with pytest.raises(FocusNetError, match=r"^cannot write .*: it is a folder, expected a file$"):
+            report.main(["no predictions that would be read", "--out", folder])
     with pytest.raises(FocusNetError, match=r"^no predictions in .*data: expected folders with statistics.json"):
         report.main([str(cohort / "data"), "--out", str(out)])
     shutil.copytree(cohort / "out", tmp_path / "damaged")

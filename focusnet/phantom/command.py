@@ -1,6 +1,6 @@
 """`python -m focusnet.phantom OUT`: writes phantoms as a data set in PDDCA's layout."""
 
-import shutil
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,15 @@ from ..cli import command_parser, parse
 from ..data.cases import Case, find_cases, read_masks
 from ..data.images import Grid, Volume, resample, resampled_grid, write_image, write_labels
 from ..errors import FocusNetError
+from ..files import atomic_folder, check_replaceable
 from .hybrid import make_hybrid
-from .render import FIELDS_OF_VIEW, FieldOfView, make_phantom
+from .render import FIELDS_OF_VIEW, FieldOfView, check_options, make_phantom
 
 Phantom = tuple[Volume, dict[str, np.ndarray]]
 Spacing = tuple[float, float, float]
 DEFAULT_SPACING: Spacing = (2.5, 1.0, 1.0)
 DEFAULT_CASES = 10
+_WRITTEN = ("img.nrrd", "structures")
 
 DESCRIPTION = """Make synthetic head-and-neck CTs with their organs: OUT/<case>/img.nrrd (int16 HU) and
 OUT/<case>/structures/<Organ>.nrrd. A case depends on --seed and its number alone, not on how
@@ -60,22 +62,30 @@ def main(argv: list[str] | None = None) -> int:
     out, count, seed, labels = options.out, options.cases, options.seed, options.from_labels
     if seed < 0 or (count is not None and count < 1):
         raise FocusNetError(f"--cases {count} --seed {seed}: expected 1 case or more and a seed of 0 or more")
+    if options.spacing is not None and not all(0 < length < math.inf for length in options.spacing):
+        raise FocusNetError(f"--spacing {list(options.spacing)}: expected three lengths above 0 mm")
     _check_out(out, options.overwrite)
 
     if labels is None:
-        make = partial(
-            make_phantom,
-            spacing=options.spacing or DEFAULT_SPACING,
-            field_of_view=options.field_of_view,
-            missing=options.missing,
-            organs=options.organs,
-        )
+        how = {
+            "spacing": options.spacing or DEFAULT_SPACING,
+            "field_of_view": options.field_of_view,
+            "missing": options.missing,
+            "organs": options.organs,
+        }
+        check_options(**how)
+        make = partial(make_phantom, **how)
         jobs = [(f"phantom_{index:04d}", partial(make, index, seed)) for index in range(count or DEFAULT_CASES)]
     else:
+        found = find_cases(labels)
+        if count is not None and count > len(found):
+            raise FocusNetError(f"--cases {count}: {labels} has {len(found)}")
         jobs = [
             (f"hybrid_{case.name}", partial(_hybrid, index, seed, case, options.spacing))
-            for index, case in enumerate(find_cases(labels)[:count])
+            for index, case in enumerate(found[:count])
         ]
+    for name, _ in jobs:
+        _check_case(out / name)
     for name, job in track(jobs, "phantoms" if labels is None else "hybrids", console=Console(file=sys.stderr)):
         try:
             write_case(out / name, *job())
@@ -86,31 +96,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_case(folder: Path, image: Volume, masks: dict[str, np.ndarray]) -> None:
-    """Write a case in PDDCA's layout: whole or, when the process is killed, not at all. Its older files go.
+    """Write a case in PDDCA's layout: whole or, when the process is killed, not at all. An older one goes.
 
     Raises:
-        FocusNetError: a file cannot be written.
+        FocusNetError: a file cannot be written, or the folder holds something else.
     """
-    partial = folder.with_name(f".tmp-{folder.name}")  # hidden, so that nothing takes it for a case
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    _check_case(folder)
+    with atomic_folder(folder) as unfinished:
         for name, mask in masks.items():
-            write_labels(partial / "structures" / f"{name}.nrrd", mask, image.grid)
-        write_image(partial / "img.nrrd", image)
-        _replace(folder, partial)
-    except OSError as error:
-        raise FocusNetError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    shutil.rmtree(folder / "structures", ignore_errors=True)
-    for part in partial.iterdir():
-        part.replace(folder / part.name)
+            write_labels(unfinished / "structures" / f"{name}.nrrd", mask, image.grid)
+        write_image(unfinished / "img.nrrd", image)
 
 
 def _hybrid(index: int, seed: int, case: Case, spacing: Spacing | None) -> Phantom:
@@ -124,6 +119,10 @@ def _hybrid(index: int, seed: int, case: Case, spacing: Spacing | None) -> Phant
 
 def _resampled(mask: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
     return resample(Volume(mask.astype(np.uint8), grid), target, labels=True).array.astype(bool)
+
+
+def _check_case(folder: Path) -> None:
+    check_replaceable(folder, "phantom", _WRITTEN, _WRITTEN)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -134,11 +134,9 @@ def make_phantom(
     Raises:
         FocusNetError: an organ is unknown, or a number is out of range.
     """
-    wanted = _wanted(organs)
-    if not 0 <= missing <= 1:
-        raise FocusNetError(f"missing is {missing}, expected a probability from 0 to 1")
+    wanted, size = check_options(spacing, field_of_view, missing, organs)
     patient = Patient.sample(seed, index)
-    grid, axes = _grid(patient, spacing, field_of_view)
+    grid, axes = _grid(patient, spacing, size)
     field = patient.field(grid, axes)
     locals_ = locals_of(field, patient.organs)
     hu = paint(patient, field, axes, locals_)
@@ -354,10 +352,17 @@ def _paint_couch(canvas: Canvas, body: np.ndarray, axes: list[np.ndarray]) -> No
         canvas.hu += cover.astype(np.float32) * (value - canvas.hu)
 
 
-def _grid(
-    patient: Patient, spacing: tuple[float, float, float], field_of_view: FieldOfView
-) -> tuple[Grid, list[np.ndarray]]:
-    """The scan's grid: from the crown down, or from above the eyes if the field of view is small."""
+def check_options(
+    spacing: tuple[float, float, float], field_of_view: FieldOfView, missing: float, organs: Collection[str] | None
+) -> tuple[set[str], tuple[float, float, float]]:
+    """The organs (TG-263) that get masks and the lengths (z, y, x) of the field of view in mm.
+
+    Raises:
+        FocusNetError: as `make_phantom`.
+    """
+    wanted = _wanted(organs)
+    if not 0 <= missing <= 1:
+        raise FocusNetError(f"missing is {missing}, expected a probability from 0 to 1")
     size = FIELDS_OF_VIEW.get(field_of_view) if isinstance(field_of_view, str) else tuple(field_of_view)
     if size is None:
         raise FocusNetError(
@@ -372,6 +377,13 @@ def _grid(
         raise FocusNetError(
             f"spacing {spacing} mm and field of view {size} mm, expected at least 8 voxels along z, y and x"
         )
+    return wanted, size
+
+
+def _grid(
+    patient: Patient, spacing: tuple[float, float, float], size: tuple[float, float, float]
+) -> tuple[Grid, list[np.ndarray]]:
+    """The scan's grid: from the crown down, or from above the eyes if the field of view is small."""
     shape = [round(n / s) for n, s in zip(size, spacing, strict=True)]
     eye = max(patient.position(FACE.T @ np.array([side * 32, -84.7, 14.0]))[2] for side in (1, -1))
     crown, front = (
