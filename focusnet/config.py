@@ -81,6 +81,18 @@ class ModelConfig:
     sos_width: int = 32
     backend: Backend = "fused"
 
+    def check_resolutions(self) -> None:
+        """Refuse numbers of `widths` and strides that do not fit.
+
+        Raises:
+            FocusNetError: they do not; names both.
+        """
+        if len(self.widths) != len(self.downsampling) + 1:
+            raise FocusNetError(
+                f"model.widths lists {len(self.widths)} resolutions, expected one more than the "
+                f"{len(self.downsampling)} strides of model.downsampling"
+            )
+
 
 @dataclass
 class LossConfig:
@@ -325,13 +337,8 @@ class Config:
             for name, value in settings.items():
                 if any(fnmatchcase(name, pattern) for pattern in patterns.split()) and not holds(value):
                     raise FocusNetError(f"{name} is {value}, expected {expected}")
-        widths, strides, crop = self.model.widths, self.model.downsampling, self.train.crop
-        if len(widths) != len(strides) + 1:
-            raise FocusNetError(
-                f"model.widths lists {len(widths)} resolutions, expected one more than the {len(strides)} strides of "
-                "model.downsampling"
-            )
-        augment = self.train.augment
+        self.model.check_resolutions()
+        augment, crop = self.train.augment, self.train.crop
         # then displacements of neighbours differ by less than their distance: nothing folds, and all can be undone
         if augment.elastic_mm > augment.elastic_grid_mm / 6:
             raise FocusNetError(
@@ -339,7 +346,7 @@ class Config:
                 f"train.augment.elastic_grid_mm, {augment.elastic_grid_mm}"
             )
         # the norms need more than one voxel at the lowest resolution
-        lowest = tuple(2 * stride for stride in total_stride(strides))
+        lowest = tuple(2 * stride for stride in total_stride(self.model.downsampling))
         if any(side < least for side, least in zip(crop, lowest)):
             raise FocusNetError(
                 f"train.crop is {crop}, expected at least {lowest}, twice the total stride of model.downsampling"

@@ -19,11 +19,7 @@ class SNet(MainNetwork):
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
-        if len(config.widths) != len(config.downsampling) + 1:
-            raise ValueError(
-                f"model.widths lists {len(config.widths)} resolutions, expected one more than the "
-                f"{len(config.downsampling)} entries of model.downsampling"
-            )
+        config.check_resolutions()
         self.strides = config.downsampling
         width = config.widths[0][0]
         self.stem = by_backend(config, DilatedConv3d(1, width, config.stem_kernel))

@@ -3,6 +3,7 @@ import torch
 
 from focuskernels import roi_gather_3d
 from focusnet.config import ModelConfig
+from focusnet.errors import FocusNetError
 from focusnet.model import MAIN_NETWORKS, FocusNet, SNet
 
 #: Largest difference between two ways of computing, as a share of the norm of each output and gradient. In float32 a
@@ -48,7 +49,7 @@ def test_the_papers_layout() -> None:
 
 
 def test_bad_layout_is_named() -> None:
-    with pytest.raises(ValueError, match="model.widths lists 1"):
+    with pytest.raises(FocusNetError, match="model.widths lists 1"):
         SNet(small_config(widths=[[4]]), classes=2)
 
 
