@@ -159,6 +159,11 @@ def console(*, stderr: bool = False) -> Console:
     return stream if stream.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
 
 
+def say(to: Console, line: str) -> None:
+    """Print a line that may hold names and paths, which are no markup."""
+    to.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def _with_underscores(arguments: list[str]) -> list[str]:
     """`arguments` with every option, but no value, spelled as it is defined."""
     spelled = []

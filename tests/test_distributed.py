@@ -22,7 +22,8 @@ from focusnet.cli import run
 from focusnet.config import StageConfig
 from focusnet.losses import in_crop
 from focusnet.stages import STAGES, stage_loss
-from focusnet.train import Trainer, main
+from focusnet.train import main
+from focusnet.trainer import Trainer
 from tests.tiny import tiny_config, write_data
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
@@ -123,7 +124,7 @@ def test_two_processes_learn_as_one(data: Path, tmp_path: Path, monkeypatch: pyt
         inside.extend([in_crop(crop)] if stage in ("sos", "joint") else [])
         return stage_loss(model, stage, crop, *more, **options)
 
-    monkeypatch.setattr("focusnet.train.stage_loss", watched_loss)
+    monkeypatch.setattr("focusnet.trainer.stage_loss", watched_loss)
     one, two = make(tmp_path / "one", data), make(tmp_path / "two", data)
     assert main(one.arguments()) == 0
     shares = [(crops[0::2].any(dim=0), crops[1::2].any(dim=0)) for crops in inside]

@@ -25,7 +25,8 @@ from focusnet.data.images import read_labels
 from focusnet.errors import FocusNetError
 from focusnet.files import atomic_folder, atomic_write, clear_unfinished
 from focusnet.prepare import prepare as prepare_data
-from focusnet.train import STAGES, start_training
+from focusnet.stages import STAGES
+from focusnet.train import start_training
 from tests.tiny import tiny_config, write_data
 
 CPU = torch.device("cpu")

@@ -29,7 +29,8 @@ from focusnet.plan import (
     train_estimate,
     whole_crop,
 )
-from focusnet.train import STAGES, make_optimizer, set_trained, stage_loss, start_training
+from focusnet.stages import STAGES, make_optimizer, set_trained, stage_loss
+from focusnet.train import start_training
 from tests.tiny import tiny_config, write_data
 
 #: Of predicted and measured peak. What oneDNN takes for itself depends on the shape; 3 % was the most in docs/model.md.

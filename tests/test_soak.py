@@ -13,7 +13,9 @@ from focusnet.config import StageConfig
 from focusnet.data.crops import Crop
 from focusnet.losses import focal_alpha
 from focusnet.prepare import prepare
-from focusnet.train import STAGES, Trainer, make_optimizer, set_trained, stage_loss, start_training
+from focusnet.stages import STAGES, make_optimizer, set_trained, stage_loss
+from focusnet.train import start_training
+from focusnet.trainer import Trainer
 from tests.tiny import tiny_config, write_data
 
 EPOCHS, STEPS = 5, 100  # of each of the four stages: 2,000 steps

@@ -31,7 +31,8 @@ from focusnet.inference import Segmentation
 from focusnet.losses import gaussian_heatmaps, heatmap_loss
 from focusnet.stages import STAGES, learning_rate, set_epochs
 from focusnet.tensorboard import Board
-from focusnet.train import State, Trainer, _ema, _seconds, main, seconds_left, split_cases, start_training
+from focusnet.train import _seconds, main, start_training
+from focusnet.trainer import State, Trainer, _ema, seconds_left, split_cases
 from focusnet.validation import Validation, validate
 from tests.tiny import ORGANS, tiny_config, write_data
 
@@ -493,7 +494,7 @@ def test_resume_takes_options_that_agree_or_may_change(data, begun, tmp_path, ca
 
 
 def test_a_loss_that_is_not_a_number_stops_training(data, begun, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_, **__: torch.tensor(math.nan, requires_grad=True))
+    monkeypatch.setattr("focusnet.trainer.stage_loss", lambda *_, **__: torch.tensor(math.nan, requires_grad=True))
     with pytest.raises(FocusNetError, match=r"became nan in stage snet, epoch 1: lower train.snet.lr and start again"):
         start(data, tmp_path / "new", tiny_config())
     assert not (tmp_path / "new" / "last.pt").exists()
@@ -504,7 +505,7 @@ def test_a_loss_that_is_not_a_number_stops_training(data, begun, tmp_path, monke
 
 
 def test_an_epoch_without_any_loss_is_null_in_the_history(data, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_, **__: None)
+    monkeypatch.setattr("focusnet.trainer.stage_loss", lambda *_, **__: None)
     start(data, tmp_path / "run", tiny_config(**{stage: StageConfig(epochs=int(stage == "snet")) for stage in STAGES}))
     text = (tmp_path / "run" / "history.json").read_text()
     assert json.loads(text)[0]["loss"] is None and "NaN" not in text
@@ -516,7 +517,7 @@ def test_a_terminal_shows_loss_and_time_left(data, tmp_path, monkeypatch) -> Non
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, color_system=None, width=120)
     monkeypatch.setattr("focusnet.train.console", lambda: terminal)
-    monkeypatch.setattr("focusnet.train.stage_loss", lambda *_, **__: torch.tensor(1.25, requires_grad=True))
+    monkeypatch.setattr("focusnet.trainer.stage_loss", lambda *_, **__: torch.tensor(1.25, requires_grad=True))
     monkeypatch.setattr(Trainer, "_validates", lambda self, settings: False)
     bracketed = shutil.copytree(data / "case_0", tmp_path / "data" / "[b]ob:a:").parent
     shutil.copytree(data / "case_2", bracketed / "case_2")

@@ -14,7 +14,7 @@ from ..data.cache import DEFAULT_CACHE
 from ..data.cases import find_cases
 from ..errors import FocusNetError
 from ..files import check_writable
-from ..train import STAGES, check_stages
+from ..stages import STAGES, check_stages
 from .report import Column, Report
 from .rows import NOTES, PDDCA_TEST, PUBLISHED_ON, TABLES, Row
 from .runner import RowResult, Study

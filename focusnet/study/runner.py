@@ -24,7 +24,8 @@ from ..errors import FocusNetError
 from ..evaluate import OrganScore, evaluate, write_results
 from ..files import atomic_write
 from ..prepare import prepare
-from ..train import split_cases, start_training
+from ..train import start_training
+from ..trainer import split_cases
 from .atlas import segment_by_atlases
 from .rows import Row, parameters
 
