@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import track
 
@@ -240,8 +241,7 @@ def _device_of_rank(name: str) -> torch.device:
     return pick_device(name)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0, or 2 if a CT could not be segmented."""
+def _parser() -> ArgumentParser:
     parser = command_parser(
         "predict",
         "CHECKPOINT INPUT --out OUT",
@@ -285,14 +285,23 @@ def main(argv: list[str] | None = None) -> int:
         type=Backend | None,
         help="layers by focuskernels (fused) or by stock PyTorch (reference) (default: checkpoint's)",
     )
-    arguments = parse(parser, argv)
+    return parser
+
+
+def _job(arguments: Namespace) -> Job:
     device = _device_of_rank(arguments.device)
     model, digest = _load(arguments.checkpoint, device, arguments.backend)
     options = {field.name: arguments[field.name] for field in dataclasses.fields(model.config.predict)}
     model = dataclasses.replace(model, config=_with_options(model.config, options))
     model.network.eval()
     outputs = Outputs(arguments.format, arguments.per_organ, arguments.dicom)
-    job = Job(model, arguments.checkpoint, arguments.out, device, outputs, digest)
+    return Job(model, arguments.checkpoint, arguments.out, device, outputs, digest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, or 2 if a CT could not be segmented."""
+    arguments = parse(_parser(), argv)
+    job = _job(arguments)
     inputs, empty = find_inputs(arguments.input)
     if arguments.dicom:
         _check_dicom(inputs)

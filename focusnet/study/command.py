@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from rich.console import Console
 
@@ -23,8 +24,7 @@ from .split import choose_test_cases, link_split
 TEST_SHARE = 0.25
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command."""
+def _parser() -> ArgumentParser:
     names = "; ".join(f"{table}: {', '.join(row.slug for row in rows)}" for table, rows in TABLES.items())
     parser = command_parser(
         "study",
@@ -58,7 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip_bad", action="store_true", help="leave out unusable cases instead of failing")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_config(parser)
-    arguments = parse(parser, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    arguments = parse(_parser(), argv)
     device = pick_device(arguments.device)
     base, table = config_of(arguments), TABLES[arguments.table]
     if not math.isfinite(arguments.budget):
