@@ -354,25 +354,26 @@ def _mean_row(name: str, rows: Sequence[TableRow]) -> TableRow:
 
 def _table_columns(rows: Sequence[TableRow]) -> dict[str, Callable[[TableRow], str]]:
     columns: dict[str, Callable[[TableRow], str]] = {
-        "DSC %": lambda row: _spread(row.dsc, 100, 1),
-        "95HD mm": lambda row: _spread(row.hd95_mm, 1, 2),
+        "DSC %": lambda row: spread(row.dsc, 100, 1),
+        "95HD mm": lambda row: spread(row.hd95_mm, 1, 2),
         "n": lambda row: str(row.n),
         "missed": lambda row: str(row.missed),
         "spurious": lambda row: str(row.spurious),
     }
     if any(row.missed for row in rows):
-        columns["matched\nDSC %"] = lambda row: _spread(row.matched_dsc, 100, 1)
-        columns["matched\n95HD mm"] = lambda row: _spread(row.matched_hd95_mm, 1, 2)
+        columns["matched\nDSC %"] = lambda row: spread(row.matched_dsc, 100, 1)
+        columns["matched\n95HD mm"] = lambda row: spread(row.matched_hd95_mm, 1, 2)
     if any(row.localisation_mm.mean is not None for row in rows):
-        columns["localisation\nmm"] = lambda row: _spread(row.localisation_mm, 1, 2)
+        columns["localisation\nmm"] = lambda row: spread(row.localisation_mm, 1, 2)
     if any(row.inside_roi.mean is not None for row in rows):
-        columns["in ROI\n%"] = lambda row: _spread(Stat(row.inside_roi.mean, None), 100, 0)
+        columns["in ROI\n%"] = lambda row: spread(Stat(row.inside_roi.mean, None), 100, 0)
     return columns
 
 
-def _spread(stat: Stat, scale: float, digits: int) -> str:
+def spread(stat: Stat, scale: float = 1.0, digits: int = 2, missing: str = "-") -> str:
+    """Mean and standard deviation in words, both times `scale`; `missing` where there is no mean."""
     if stat.mean is None:
-        return "-"
+        return missing
     mean = f"{stat.mean * scale:.{digits}f}"
     return mean if stat.sd is None else f"{mean} ± {stat.sd * scale:.{digits}f}"
 

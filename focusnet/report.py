@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from .cli import command_parser, parse, run
 from .cohort import ERROR_SUFFIX, RECORD, read_failure
 from .data.organs import organ_color
 from .errors import FocusNetError
-from .evaluate import OrganScore, Stat, evaluate
+from .evaluate import OrganScore, evaluate, spread
 from .files import atomic_write, check_no_folder
 from .measures import STATISTICS, read_json, read_statistics
 
@@ -101,7 +102,7 @@ def make_report(predictions: Path, truth: Path | None = None, *, pictures: Pictu
     cases.sort(key=lambda case: (-case.flags, case.name))
     organs = list(dict.fromkeys(row.organ for case in cases for row in case.rows))
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": _number, "mm": _millimetres, "spread": _spread}
+    page.filters |= {"number": _number, "mm": _millimetres, "spread": partial(spread, missing="–")}
     return page.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         folder=str(predictions),
         truth=truth,
@@ -307,13 +308,6 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _millimetres(values: Iterable[float] | None) -> str:
     return "–" if values is None else ", ".join(f"{value:.1f}" for value in values)
-
-
-def _spread(stat: Stat, scale: float = 1.0, digits: int = 2) -> str:
-    if stat.mean is None:
-        return "–"
-    mean = f"{stat.mean * scale:.{digits}f}"
-    return mean if stat.sd is None else f"{mean} ± {stat.sd * scale:.{digits}f}"
 
 
 def main(argv: list[str] | None = None) -> int:

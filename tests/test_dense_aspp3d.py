@@ -13,30 +13,22 @@ from torch import Tensor
 from focuskernels import dense_aspp3d
 from focuskernels._lib import layout_of
 from focuskernels.nn import DenseASPP3d, NormAct3d
+from focuskernels.reference.nn import PlainDenseASPP
 
 DILATIONS = ((1, 2, 3), (2, 1, 40), 3)
 
 
-class Chain(DenseASPP3d):
-    """The same layers one after the other, concatenated."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for branch in self.branches:
-            x = torch.cat([x, branch(x)], dim=1)
-        return x
-
-
-def pair(channels: int, growth: int = 4, bottleneck: int = 8, **options: Any) -> tuple[DenseASPP3d, Chain]:
+def pair(channels: int, growth: int = 4, bottleneck: int = 8, **options: Any) -> tuple[DenseASPP3d, PlainDenseASPP]:
     module = DenseASPP3d(channels, growth, bottleneck, DILATIONS, **options)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     chain = copy.deepcopy(module)
-    chain.__class__ = Chain
+    chain.__class__ = PlainDenseASPP
     return module, chain
 
 
-def assert_chain(module: DenseASPP3d, chain: Chain, x: Tensor) -> None:
+def assert_chain(module: DenseASPP3d, chain: PlainDenseASPP, x: Tensor) -> None:
     results = []
     for each in (module, chain):
         leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from focuskernels import dense_aspp3d
 from focuskernels.nn import DenseASPP3d
+from focuskernels.reference.nn import PlainDenseASPP
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -81,15 +82,6 @@ def test_what_does_not_fit_is_left_to_pytorch(passes: Any) -> None:
     assert torch.equal(buffer, dense_aspp3d.forward(dense_aspp3d.Passes(), x, parameters, [1, 1, 1], norms, False)[0])
 
 
-class Chain(DenseASPP3d):
-    """The same layers one after the other, concatenated."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for branch in self.branches:
-            x = torch.cat([x, branch(x)], dim=1)
-        return x
-
-
 def run(module: DenseASPP3d, x: Tensor, upstream: Tensor, amp: bool = True) -> tuple[list[Tensor], int]:
     """Result, gradients and peak memory beyond what was there."""
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -106,7 +98,7 @@ def test_module_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOCUSKERNELS_TUNE", "0")
     module = DenseASPP3d(64).cuda()
     chain = copy.deepcopy(module)
-    chain.__class__ = Chain
+    chain.__class__ = PlainDenseASPP
     x = torch.randn(1, 64, 40, 96, 96, device="cuda").to(torch.bfloat16, memory_format=torch.channels_last_3d)
     upstream = torch.randn(1, 192, 40, 96, 96, device="cuda").to(x.dtype, memory_format=torch.channels_last_3d)
     ours, peak = run(module, x, upstream)
