@@ -137,9 +137,9 @@ def note_fallback(op: str, reason: str) -> None:
 
 
 @functools.cache
-def csrc_missing(library: str = "_C") -> str | None:
-    """Load a compiled library of this package once; None, or why its kernels are not there."""
-    found = sorted(Path(__file__).parent.glob(f"{library}.*so"))
+def csrc_missing() -> str | None:
+    """Load the compiled library of this package once; None, or why its kernels are not there."""
+    found = sorted(Path(__file__).parent.glob("_C.*so"))
     if not found:
         return "not built (see CONTRIBUTING.md; FOCUSKERNELS_BUILD=1 turns a skipped build into an error)"
     try:

@@ -72,13 +72,13 @@ class Boxes:
 def cases(device: str, size: str) -> Sequence[Case]:
     """Case list of `OP`."""
     return [
-        _case(Boxes(volume, sides), dtype, layout, device)
+        _case(Boxes(volume, sides), dtype, layout)
         for volume, sides in SIZES[device, size]
         for dtype, layout in FORMATS[device]
     ]
 
 
-def _case(boxes: Boxes, dtype: torch.dtype, layout: str, device: str) -> Case:
+def _case(boxes: Boxes, dtype: torch.dtype, layout: str) -> Case:
     side, *others = dict.fromkeys(boxes.sides)
     # ROIs of one size are one tensor, in which heat maps of their own have no place.
     own = len(boxes.sides) if others else 0

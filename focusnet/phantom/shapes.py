@@ -247,11 +247,11 @@ class Local:
             result[into] = self.distance[out_of]
         return result
 
-    def without(self, other: "Local | None", gap: float = 0.0) -> "Local":
-        """This shape with another one, widened by `gap` mm, taken out of it."""
+    def without(self, other: "Local | None") -> "Local":
+        """This shape with another one taken out of it."""
         if other is None:
             return self
-        return Local(self.box, np.maximum(self.distance, gap - other.at(self.box)))
+        return Local(self.box, np.maximum(self.distance, -other.at(self.box)))
 
     def mask(self, shape: tuple[int, ...], voxels: float | None = None) -> np.ndarray:
         """Voxels inside the shape, bool (D, H, W); with `voxels`, the level set that has that many."""
