@@ -23,11 +23,14 @@ def main() -> None:
     require_extra()
     from .cli import run
 
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+    command = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
         print("usage: focusnet COMMAND [options]\n\ncommands (each has --help):")
         print("\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items()))
-        sys.exit(0 if sys.argv[1:2] in ([], ["-h"], ["--help"]) else 2)
-    command = sys.argv.pop(1)
+        return
+    if command not in COMMANDS:
+        print(f"error: no command {command}, expected {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
     run(importlib.import_module(f"focusnet.{command}").main)
 
 

@@ -2,16 +2,19 @@
 
 import io
 import os
+import re
 import signal
 import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from rich.console import Console
 
 from .config import Config
@@ -42,21 +45,31 @@ class _Parser(ArgumentParser):
 
 class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, found: Any, value: Any, option: str | None = None) -> None:
-        """Read the file, unless it has what is no section of `Config`: that would pass for the command's options."""
+        """Read the file, unless it has what is no setting of `Config`: that would pass for the command's options."""
         if not Path(value).is_file():
             raise FocusNetError(f"--config {value}: no such file; presets are {', '.join(_presets())}")
-        odd = set(_top_level_keys(Path(value))).difference(SECTIONS)
-        if odd:
-            raise FocusNetError(f"--config {value} has {min(odd)}, expected only {', '.join(SECTIONS)}")
-        super().__call__(parser, found, value, option)
+        try:
+            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise FocusNetError(f"--config {value} is no YAML: {_one_line(error)}") from error
+        _check_names(value, content, Config())
+        try:
+            super().__call__(parser, found, value, option)
+        except ArgumentError as error:
+            raise FocusNetError(f"--config {value}: {_explained(parser, error)}") from error
 
 
-def _top_level_keys(file: Path) -> list[str]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FocusNetError(f"--config {file} is no YAML: {' '.join(str(error).split())}") from error
-    return [str(key) for key in content] if isinstance(content, dict) else []
+def _check_names(file: str, content: Any, settings: Any, prefix: str = "") -> None:
+    """Refuse what the settings do not have."""
+    if not isinstance(content, dict):
+        what = "null" if content is None else content
+        raise FocusNetError(f"--config {file}: {prefix.removesuffix('.') or 'it'} is {what}, expected settings")
+    sections = {one.name: getattr(settings, one.name) for one in fields(settings)}
+    for name, value in content.items():
+        if name not in sections:
+            raise FocusNetError(f"--config {file} has {prefix}{name}, expected only {', '.join(sections)}")
+        if is_dataclass(sections[name]):
+            _check_names(file, value, sections[name], f"{prefix}{name}.")
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -106,10 +119,58 @@ def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
         parsed = parser.parse_args(arguments)
         for section in _sections(Config()):
             if parsed.get(section, section) is None:
-                raise FocusNetError(f"{section} is null, expected settings")
+                raise FocusNetError(f"--{section} null: expected settings")
         return parser.instantiate(parsed)
     except (ArgumentError, RecursionError) as error:
-        raise FocusNetError(" ".join(str(error).split())) from error
+        raise FocusNetError(_explained(parser, error)) from error
+
+
+def _explained(parser: ArgumentParser, error: Exception) -> str:
+    """What jsonargparse found wrong, with the options, positional arguments and types as a user knows them."""
+    said = _one_line(error).removeprefix("argument ")
+    actions = {action.dest: action for action in parser._actions}
+    names = {dest: (*action.option_strings, action.metavar or dest.upper())[0] for dest, action in actions.items()}
+    if missing := re.fullmatch("the following arguments are required: (.+)", said):
+        return f"required: {', '.join(str(names[dest]) for dest in missing[1].split(', '))}"
+    odd = re.fullmatch(r'.*Parser key "([\w.]+)"(?:.* (?:Got|Given) value:( .*)|.*)', said)
+    if odd is None or odd[1] not in actions:
+        return said
+    kind = getattr(actions[odd[1]], "_typehint", None)
+    return f"{names[odd[1]]}{odd[2] or '':.60}: expected {'settings' if kind is None else _expected(kind)}"
+
+
+_WORDS = {
+    int: "a whole number",
+    PositiveInt: "a whole number above 0",
+    float: "a number",
+    PositiveFloat: "a number above 0",
+    bool: "true or false",
+    NoneType: "null",
+}
+
+
+def _expected(kind: Any) -> str:
+    """A type in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return ", or ".join(_expected(part) for part in parts)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (list, tuple):
+        return f"a list such as {_example(kind)}"
+    return _WORDS.get(kind, "text")
+
+
+def _example(kind: Any, number: int = 1) -> str:
+    """A value of a type, another one for every number."""
+    parts = get_args(kind) * (2 if get_origin(kind) is list else 1)
+    if parts:
+        return f"[{','.join(_example(part, i) for i, part in enumerate(parts, start=1))}]"
+    return {int: f"{number}", float: f"{number}.5"}.get(kind, chr(ord("a") + number - 1))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _sections(settings: Any, prefix: str = "") -> Iterator[str]:

@@ -86,9 +86,6 @@ def test_a_configuration_has_settings_alone(tmp_path) -> None:
     file.write_text("source: elsewhere\ntrain: {seed: 7}\n")
     with pytest.raises(FocusNetError, match=r"mine.yaml has source, expected only data, model, loss, train, predict$"):
         train.main(["DATA", "--out", "RUN", "--config", str(file)])
-    file.write_text("train: {augment: null}")
-    with pytest.raises(FocusNetError, match=r"^train.augment is null, expected settings$"):
-        config("--config", str(file))
     file.write_text("train: [")
     with pytest.raises(FocusNetError, match=r"mine.yaml is no YAML") as raised:
         config("--config", str(file))
@@ -96,11 +93,44 @@ def test_a_configuration_has_settings_alone(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ": it is null, expected settings"),
+        ("train: {}", None),
+        ("data: {organs: Brainstem}", ": --data.organs Brainstem: expected a list such as [a,b], or null"),
+        ("train: {snet: {epochs: many}}", ": --train.snet.epochs many: expected a whole number"),
+        ("predict: {colour: red}", " has predict.colour, expected only overlap, min_peak, largest_component"),
+        ("train: {augment: null}", ": train.augment is null, expected settings"),
+        ("train: 3", ": train is 3, expected settings"),
+        ("[1]", ": it is [1], expected settings"),
+    ],
+)
+def test_a_wrong_setting_of_a_file_names_it(text: str, said: str | None, tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    if said is None:
+        assert config("--config", str(file)) == Config()
+        return
+    with pytest.raises(FocusNetError) as raised:
+        config("--config", str(file), "--data.organs", "[Eye_L]")
+    assert str(raised.value) == f"--config {file}{said}"
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--train.sed", "3"], "train.sed"),
-        (["--model.norm", "layer"], "layer"),
-        (["--data.spacing", "[1,2]"], "data.spacing"),
+        (["--model.norm", "layer"], "^--model.norm layer: expected one of batch, instance, group$"),
+        (["--data.spacing", "[1,2]"], r"^--data.spacing \[1, 2\]: expected a list such as \[1.5,2.5,3.5\]$"),
+        (["--data.organs", "Brainstem"], r"^--data.organs Brainstem: expected a list such as \[a,b\], or null$"),
+        (["--data.roi_size", "8"], r"^--data.roi_size 8: expected a list such as \[1,2,3\], or null$"),
+        (["--model.widths", "[[32],x]"], r"^--model.widths x: expected a list such as \[\[1,2\],\[1,2\]\]$"),
+        (["--train.amp", "maybe"], "^--train.amp maybe: expected true or false$"),
+        (["--train", "3"], "^--train: expected settings$"),
+        (["--train", "null"], "^--train: expected settings$"),
+        (["--train", "{augment: null}"], "^--train.augment null: expected settings$"),
+        (["--train.snet", "{epochs: x}"], "^--train.snet.epochs x: expected a whole number$"),
+        (["--train.augment", "null"], "^--train.augment: expected settings$"),
         (["--data.organs", "[" * 5000], "data.organs|recursion"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file; presets are demo, openkbp, paper, released"),
     ],
@@ -108,6 +138,20 @@ def test_a_configuration_has_settings_alone(tmp_path) -> None:
 def test_wrong_options_are_named(arguments: list[str], named: str) -> None:
     with pytest.raises(FocusNetError, match=named):
         config(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: DATA, --out"),
+        (["DATA", "--out"], "--out: expected one argument"),
+        (["DATA", "--out", "RUN", "--epochs", "0"], "--epochs: expected a whole number above 0"),
+    ],
+)
+def test_arguments_are_named_as_in_the_usage(arguments: list[str], said: str) -> None:
+    with pytest.raises(FocusNetError) as raised:
+        train.main(arguments)
+    assert str(raised.value) == said
 
 
 def test_unknown_setting_of_a_checkpoint() -> None:
@@ -233,6 +277,9 @@ def test_the_script_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "focusnet"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("train", "predict", "evaluate", "prepare", "phantom"))
+    done = subprocess.run([sys.executable, "-m", "focusnet", "nonsense"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: no command nonsense, expected prepare, plan, train, .*demo\n", done.stderr)
 
 
 @pytest.mark.parametrize("option", [["--config", "demo"], ["--config=demo"]])
