@@ -93,7 +93,7 @@ class Op:
 
     Attributes:
         name: As on the command line.
-        backend_of: Public functions of focuskernels whose backends explain the numbers.
+        backend_of: Public functions and modules of focuskernels whose backends explain the numbers.
         stems: File stems of the kernels behind it (see `bench.sources`); a change there makes results stale.
         cases: (device type, size) -> cases, the most telling first; size is "full" or "quick".
         files: Further files behind it, relative to the repository.

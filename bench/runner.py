@@ -263,8 +263,9 @@ class _Work:
         )
 
     def _backend(self) -> str | None:
-        served = [name for op in self.op.backend_of for device, name, _ in backends(op) if device == self.runner.device]
-        return ", ".join(dict.fromkeys(served)) or None
+        found = (backends(public, self.runner.device) for public in self.op.backend_of)
+        names = (name for ops in found for name, _ in ops.values())
+        return ", ".join(dict.fromkeys(names)) or None
 
 
 def interleave(lists: Iterable[list[Any]]) -> Iterator[Any]:

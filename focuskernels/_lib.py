@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ MOST_PROGRAMS = 65535
 MOST_VOXELS = 2**31 - 2**12
 
 _LIBRARY = torch.library.Library("focuskernels", "DEF")
-_KERNELS: dict[str, dict[str, tuple["Kernel", ...]]] = {}
+#: Of each op that serves a public function or module: device type -> kernels.
+_KERNELS: dict[str, dict[str, dict[str, tuple["Kernel", ...]]]] = {}
 
 
 def _works_for_any_input(*args: Any) -> str | None:
@@ -55,30 +56,35 @@ def define(
     The first of a device's kernels that can run does, else the reference; `backends` reads the same declaration.
     """
     name = schema.split("(", 1)[0]
-    served = (op,) if isinstance(op, str) else op
+    publics = (op,) if isinstance(op, str) else op
     _LIBRARY.define(schema)
     for device_type, kernels in (("cpu", cpu), ("cuda", cuda)):
-        body = _without_autocast(_first_that_can(", ".join(served), tuple(kernels), reference), device_type)
+        body = _without_autocast(_first_that_can(", ".join(publics), tuple(kernels), reference), device_type)
         _LIBRARY.impl(name, body, device_type.upper())
-        for public in served:
-            declared = _KERNELS.setdefault(public, {}).get(device_type, ())
-            _KERNELS[public][device_type] = (*declared, *kernels)
+        for public in publics:
+            _KERNELS.setdefault(public, {}).setdefault(name, {})[device_type] = tuple(kernels)
     torch.library.register_fake(f"focuskernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.focuskernels, name).default
 
 
-def backends(op: str) -> Iterator[tuple[str, str, str]]:
-    """(device type, backend that serves the public function `op` on this machine, why not a faster one)."""
-    for device_type in DEVICE_TYPES:
-        reasons: list[str] = []
-        for kernel in _KERNELS.get(op, {}).get(device_type, ()):
-            reason = kernel.missing()
-            if reason is None:
-                yield device_type, kernel.name, "; ".join(reasons)
-                break
-            reasons.append(f"{kernel.name}: {reason}")
-        else:
-            yield device_type, REFERENCE, "; ".join(reasons) or "no kernel yet"
+def served() -> list[str]:
+    """The public functions and modules that ops were declared for."""
+    return sorted(_KERNELS)
+
+
+def backends(public: str, device_type: str) -> dict[str, tuple[str, str]]:
+    """Of each op behind a public function or module: its backend on this machine, and why it is not a faster one."""
+    return {name: _backend(kernels[device_type]) for name, kernels in _KERNELS[public].items()}
+
+
+def _backend(kernels: Sequence[Kernel]) -> tuple[str, str]:
+    reasons: list[str] = []
+    for kernel in kernels:
+        reason = kernel.missing()
+        if reason is None:
+            return kernel.name, "; ".join(reasons)
+        reasons.append(f"{kernel.name}: {reason}")
+    return REFERENCE, "; ".join(reasons) or "no kernel yet"
 
 
 def _first_that_can(op: str, kernels: tuple[Kernel, ...], reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -366,6 +366,7 @@ def _fake_backward(grad: Tensor, buffer: Tensor, *args: Any) -> Any:
 _reference_forward, _reference_backward = bodies(Passes)
 _triton_forward, _triton_backward = bodies(_triton_passes)
 
+_IN_SLABS = "dilated_conv3d and norm_act, in slabs"
 _OPTIONS = "SymInt[] dilations, str norm, SymInt[] groups, float[] eps, Tensor[] given, Tensor? total"
 
 _forward = define(
@@ -374,6 +375,7 @@ _forward = define(
     op="nn.DenseASPP3d",
     reference=_reference_forward,
     fake=_fake_forward,
+    cpu=[Kernel(_IN_SLABS, _reference_forward, lambda: None)],
     cuda=[Kernel("Triton", _triton_forward, triton_missing)],
 )
 _backward = define(
@@ -382,5 +384,6 @@ _backward = define(
     op="nn.DenseASPP3d",
     reference=_reference_backward,
     fake=_fake_backward,
+    cpu=[Kernel(_IN_SLABS, _reference_backward, lambda: None)],
     cuda=[Kernel("Triton", _triton_backward, triton_missing)],
 )

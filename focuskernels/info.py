@@ -1,27 +1,25 @@
 """`python -m focuskernels.info`: the backend that serves each op on this machine and why, and what it runs on."""
 
 import importlib.metadata
-import inspect
 import os
 import platform
 
 import torch
 
-import focuskernels
-
-from ._lib import backends
-
-
-def operations() -> list[str]:
-    """Names of the public functions, which are the ops."""
-    public = sorted(focuskernels.__all__)
-    return [name for name in public if inspect.isfunction(getattr(focuskernels, name))]
+from . import nn  # noqa: F401 -- its modules have ops too
+from ._lib import DEVICE_TYPES, backends, served
 
 
-def describe(op: str) -> str:
-    """One op's backends: `cpu: C++ (csrc); cuda: reference (no kernel yet)`."""
-    served = (f"{device}: {name}" + (f" ({reason})" if reason else "") for device, name, reason in backends(op))
-    return "; ".join(served)
+def describe(public: str) -> str:
+    """The backends of a public function or module: `cpu: C++ (csrc); cuda: Triton, roi_gather_3d_centers_bwd:
+    reference (no kernel yet)`; what is named has another one than the forward pass."""
+    devices = []
+    for device in DEVICE_TYPES:
+        found = {op: f"{name} ({why})" if why else name for op, (name, why) in backends(public, device).items()}
+        first, *_ = found.values()
+        others = [f"{op}: {text}" for op, text in found.items() if text != first]
+        devices.append(f"{device}: {', '.join([first, *others])}")
+    return "; ".join(devices)
 
 
 def environment() -> dict[str, str]:
@@ -46,7 +44,7 @@ def environment() -> dict[str, str]:
 
 def report() -> str:
     """All of it as text."""
-    tables = {op: describe(op) for op in operations()}, environment()
+    tables = {public: describe(public) for public in served()}, environment()
     width = max(len(name) for table in tables for name in table)
     return "\n\n".join("\n".join(f"{name:{width}}  {text}" for name, text in table.items()) for table in tables)
 

@@ -114,7 +114,7 @@ def test_bad_input() -> None:
     module = DenseASPP3d(4, 4, 4, [1])
     for error, match, x in [
         (TypeError, "x must be floating point", torch.zeros(1, 4, 2, 3, 4, dtype=torch.int64)),
-        (ValueError, r"must be \(3,\) for x of shape", torch.randn(1, 3, 2, 3, 4)),
+        (ValueError, "x has 3 channels, expected 4", torch.randn(1, 3, 2, 3, 4)),
         (TypeError, "x is torch.float64", torch.randn(1, 4, 2, 3, 4).double()),
         (ValueError, "one value only", torch.randn(1, 4, 1, 1, 1)),
     ]:

@@ -1,3 +1,4 @@
+import inspect
 import os
 import re
 import shutil
@@ -14,8 +15,8 @@ from focuskernels import _lib, info
 
 def test_every_op_names_its_backend_on_every_device() -> None:
     lines = info.report().split("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in lines] == info.operations()
-    assert {"roi_gather_3d", "paste_rois_3d", "norm_act", "se_residual", "dilated_conv3d"} <= set(info.operations())
+    functions = {name for name in focuskernels.__all__ if inspect.isfunction(getattr(focuskernels, name))}
+    assert {line.split()[0] for line in lines} == functions | {"nn.DenseASPP3d"}
     for line in lines:
         assert re.search(r"  cpu: [^;]+", line), line
         assert re.search(r"; cuda: .+", line), line
@@ -33,10 +34,18 @@ def test_reason_is_that_of_each_kernel_passed_over(monkeypatch: pytest.MonkeyPat
     def kernel(name: str, reason: str | None) -> _lib.Kernel:
         return _lib.Kernel(name, len, lambda: reason)
 
-    kernels = {"cpu": (kernel("a", "too old"), kernel("b", None)), "cuda": (kernel("c", "no nvcc"),)}
-    monkeypatch.setitem(_lib._KERNELS, "made_up", kernels)
-    assert info.describe("made_up") == "cpu: b (a: too old); cuda: reference (c: no nvcc)"
-    assert info.describe("unknown") == "cpu: reference (no kernel yet); cuda: reference (no kernel yet)"
+    ops = {
+        "forward": {"cpu": (kernel("a", "too old"), kernel("b", None)), "cuda": (kernel("c", "no nvcc"),)},
+        "backward": {"cpu": (), "cuda": (kernel("c", "no nvcc"),)},
+    }
+    monkeypatch.setitem(_lib._KERNELS, "made_up", ops)
+    assert info.describe("made_up") == (
+        "cpu: b (a: too old), backward: reference (no kernel yet); cuda: reference (c: no nvcc)"
+    )
+
+
+def test_the_gradient_of_the_centres_has_no_kernel() -> None:
+    assert "roi_gather_3d_centers_bwd: reference (no kernel yet)" in info.describe("roi_gather_3d")
 
 
 def test_command_without_the_library(tmp_path: Path) -> None:

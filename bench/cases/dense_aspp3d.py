@@ -84,4 +84,4 @@ def _costs(channels: int, voxels: int, growth: int, bottleneck: int, itemsize: i
 
 
 STEMS = ("nn", "dense_aspp3d", "dilated_conv3d", "dilated_conv3d_tiles", "onednn", "norm_act", "channelwise")
-OP = Op("dense_aspp3d", ("dilated_conv3d", "norm_act"), STEMS, cases)
+OP = Op("dense_aspp3d", ("nn.DenseASPP3d", "dilated_conv3d", "norm_act"), STEMS, cases)
