@@ -62,6 +62,22 @@ def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize(("depth", "kernel"), [(1, 3), (2, 3), (2, 5), (4, 5)])
+def test_gradients_of_thin_maps_in_bfloat16(depth: int, kernel: int) -> None:
+    """oneDNN alone returns what memory held before, on processors with AVX-512's bfloat16."""
+    x, weight = torch.randn(1, 16, depth, 6, 7), torch.randn(32, 16, kernel, 3, 3)
+    leaves = [t.bfloat16().requires_grad_() for t in (x, weight)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    remains = [torch.full((size,), 1e35) for size in (1000, 10000, 100000)]
+    del remains
+    grad = torch.randn(1, 32, depth, 6, 7).bfloat16()
+    found = torch.autograd.grad(dilated_conv3d(*leaves), leaves, grad)
+    padding = (kernel // 2, 1, 1)
+    expected = torch.autograd.grad(F.conv3d(*exact, padding=padding), exact, grad.double())
+    for ours, right in zip(found, expected):
+        torch.testing.assert_close(ours.double(), right, rtol=2**-8, atol=2**-8 * right.abs().max().item())
+
+
 def test_gradients() -> None:
     x, weight, bias = (
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(2, 2, 2, 4, 3), (2, 2, 3, 3, 3), (2,)]

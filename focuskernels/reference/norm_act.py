@@ -24,8 +24,10 @@ class Sets(NamedTuple):
         """How many numbers of a map share statistics, for `like` (N, ..., C)."""
         if self.total is not None:
             return self.total
-        members = {"batch": like.shape[0], "instance": 1, "group": like.shape[-1] // self.groups}
-        return max(1, members[self.norm] * self.voxels)
+        if self.single(like):
+            return max(1, self.voxels)
+        members = like.shape[0] if self.norm == "batch" else like.shape[-1] // self.groups
+        return max(1, members * self.voxels)
 
     def single(self, like: Tensor) -> bool:
         """Whether every (n, c) of `like` (N, ..., C) is a set of its own."""
