@@ -103,7 +103,7 @@ class LossConfig:
         alpha: Focal weight of the background and of every organ, in the paper "inverse to the average size"; null takes
             0.5 and sqrt(mean volume of all organs / volume of the organ), clipped to 0.25..8 (docs/model.md says why).
             A list of one value: the same for all.
-        dice_weight: Weight of the generalized dice loss (equation 2) beside the focal loss.
+        dice_weight: Weight of the dice loss, a sum over classes (equation 2), beside the focal loss.
         smooth: Added to numerator and denominator of every dice ratio, in voxels. With 0, the paper's value, an organ
             that a crop does not hold has no dice gradient; anything larger rewards a network for never predicting it.
         heatmap_sigma_mm: Standard deviation of the Gaussian heat maps.

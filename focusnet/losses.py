@@ -16,7 +16,7 @@ from .model import FocusNet, SNetOutput
 
 
 def segmentation_loss(logits: Tensor, crop: Crop, alpha: Tensor, config: LossConfig) -> Tensor:
-    """Focal plus generalized dice loss of S-Net (equations 1 to 3), each case without the organs nobody contoured."""
+    """Focal plus dice loss of S-Net (equations 1 to 3), each case without the organs nobody contoured."""
     return focal_dice_loss(
         logits,
         crop.labels,
