@@ -22,6 +22,8 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_PROGRAMS = 65535
 #: What 32 bits number, with the rest of the last tile.
 MOST_VOXELS = 2**31 - 2**12
+#: Of an op that copies addresses from the host in every call: a CUDA graph of torch.compile must leave it out.
+COPIES_FROM_HOST = (torch.Tag.cudagraph_unsafe,)
 
 _LIBRARY = torch.library.Library("focuskernels", "DEF")
 #: Of each op that serves a public function or module: device type -> kernels.
@@ -50,14 +52,16 @@ def define(
     fake: Callable[..., Any],
     cpu: Sequence[Kernel] = (),
     cuda: Sequence[Kernel] = (),
+    tags: Sequence[torch.Tag] = (),
 ) -> Callable[..., Any]:
     """Declare one opaque, functional op that serves the public function or functions `op`; return its overload.
 
     The first of a device's kernels that can run does, else the reference; `backends` reads the same declaration.
+    `tags` tell torch.compile what it must know of the op.
     """
     name = schema.split("(", 1)[0]
     publics = (op,) if isinstance(op, str) else op
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=tuple(tags))
     for device_type, kernels in (("cpu", cpu), ("cuda", cuda)):
         body = _without_autocast(_first_that_can(", ".join(publics), tuple(kernels), reference), device_type)
         _LIBRARY.impl(name, body, device_type.upper())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import require_float, values_are_readable
-from ._lib import MOST_PROGRAMS, MOST_VOXELS, csrc_kernel, define, triton_kernel
+from ._lib import COPIES_FROM_HOST, MOST_PROGRAMS, MOST_VOXELS, csrc_kernel, define, triton_kernel
 from .reference import paste_rois3d as reference
 from .roi_gather3d import check_centers
 
@@ -108,4 +108,5 @@ _forward = define(
     fake=_fake_forward,
     cpu=[csrc_kernel("paste_rois_3d")],
     cuda=[triton_kernel("paste_rois3d", "forward", _not_in_triton)],
+    tags=COPIES_FROM_HOST,
 )

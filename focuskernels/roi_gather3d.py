@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._arguments import as_list, integer, positive_scale, require_float, triple, values_are_readable
 from ._lib import (
+    COPIES_FROM_HOST,
     DTYPES,
     MOST_PROGRAMS,
     csrc_kernel,
@@ -426,6 +427,7 @@ _forward = define(
     fake=_fake_forward,
     cpu=[csrc_kernel("roi_gather_3d_forward")],
     cuda=[triton_kernel("roi_gather3d", "forward", _forward_not_in_triton)],
+    tags=COPIES_FROM_HOST,
 )
 _backward = define(
     f"roi_gather_3d_bwd(Tensor[] grads, Tensor[] bases, {_BOXES}, SymInt[] shapes, SymInt[] first_channels,"
@@ -435,6 +437,7 @@ _backward = define(
     fake=_fake_backward,
     cpu=[csrc_kernel("roi_gather_3d_backward")],
     cuda=[triton_kernel("roi_gather3d", "backward", _backward_not_in_triton)],
+    tags=COPIES_FROM_HOST,
 )
 _centers_backward = define(
     f"roi_gather_3d_centers_bwd(Tensor[] grads, Tensor[] sources, {_BOXES}, bool border) -> Tensor",

@@ -137,6 +137,19 @@ def test_schemas_neither_alias_nor_mutate() -> None:
             assert not schema.is_mutable, schema
 
 
+def test_what_copies_from_the_host_stays_out_of_cuda_graphs() -> None:
+    """A graph would copy the addresses of the call that it was made from."""
+    tagged = {
+        n for n in own_ops() if torch.Tag.cudagraph_unsafe in getattr(torch.ops.focuskernels, n[14:]).default.tags
+    }
+    launchers = Path(fk.__file__).parent.glob("kernels/*.py")
+    copying = {path.stem for path in launchers if "torch.tensor(" in path.read_text(encoding="utf-8")}
+    assert copying == {"paste_rois3d", "roi_gather3d"}
+    assert tagged == {
+        f"focuskernels::{name}" for name in ("paste_rois_3d_fwd", "roi_gather_3d_fwd", "roi_gather_3d_bwd")
+    }
+
+
 class Call(torch.nn.Module):
     """One public function, as what traces and exports takes it."""
 

@@ -12,10 +12,14 @@ import pytest
 import torch
 from triton_runs import skip_unless_kernels_run
 
+from focuskernels import paste_rois_3d, roi_gather_each_3d
 from focuskernels._lib import DTYPES
 from focuskernels.reference import roi_gather3d as reference
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -77,6 +81,22 @@ def test_kernels_are_the_reference(
         if device == "cuda":
             again = kernels.backward(*on_device, *boxes, *about, [int(channels_last), 0], border)
             assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_torch_compile_leave_out_what_copies_from_the_host() -> None:
+    """A graph that held the copy would read the addresses of the call that it was made from."""
+
+    def cut_and_paste(volume: torch.Tensor, centers: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rois = roi_gather_each_3d([volume * 2 + 1], centers, [(4, 6, 8), (3, 5, 7)])
+        return paste_rois_3d(labels, [roi[0, 0].sin() for roi in rois], centers, [1, 2])
+
+    compiled = torch.compile(cut_and_paste, mode="reduce-overhead")
+    for shift in range(5):
+        volume = torch.randn(1, 1, 12, 14, 16, device="cuda")
+        centers = torch.tensor([[0, 4, 5, 6], [0, 6, 7 + shift % 2, 8]], device="cuda")
+        labels = torch.zeros(1, 12, 14, 16, dtype=torch.uint8, device="cuda")
+        assert torch.equal(compiled(volume, centers, labels), cut_and_paste(volume, centers, labels))
 
 
 SCRIPT = """
