@@ -16,8 +16,12 @@ from focuskernels import dilated_conv3d
 from focuskernels.dilated_conv3d import why_not
 from focuskernels.reference import dilated_conv3d as reference
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHANNELS_LAST = torch.channels_last_3d
 #: Relative to the norm of the result; one rounding of the result is most of it.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -35,13 +39,9 @@ CASES = [
 WAYS = [(False, False), (True, False), (True, True)]
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 # The interpreter, which is slow, cannot multiply bf16; a GPU rounds fp32 to tf32.
 RUNS = [(dtype, case) for dtype in (torch.bfloat16, torch.float16) for case in CASES]
-if device() == "cpu":
+if DEVICE == "cpu":
     RUNS = [*((torch.float16, case) for case in CASES), (torch.float32, CASES[1])]
 
 
@@ -58,8 +58,12 @@ def tiles() -> Any:
 
 def some_channels(n: int, channels: tuple[int, int], volume: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """A channels-last map, and its last channels, which is what is read or written."""
-    wide = torch.randn(n, channels[1], *volume).to(device(), dtype, memory_format=CHANNELS_LAST)
+    wide = torch.randn(n, channels[1], *volume).to(DEVICE, dtype, memory_format=CHANNELS_LAST)
     return wide, wide[:, channels[1] - channels[0] :]
+
+
+def has_descriptors() -> bool:
+    return DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -73,13 +77,13 @@ def test_forward(kernels: Any, tiles: Any, dtype: torch.dtype, case: Any, tma: b
     (n, *volume), inputs, outputs, planes, dilation = case
     if pair and (planes == 1 or outputs[0] > 32):
         pytest.skip("two planes are computed at once with three planes of taps and few outputs")
-    if tma and device() == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+    if tma and not has_descriptors():
         pytest.skip("needs sm_90")
     _, x = some_channels(n, inputs, volume, dtype)
     wide, y = some_channels(n, outputs, volume, dtype)
     before = wide.clone()
-    weight = (torch.randn(outputs[0], inputs[0], planes, 3, 3) / (9 * planes * inputs[0]) ** 0.5).to(device(), dtype)
-    bias = torch.randn(outputs[0]).to(device(), dtype)
+    weight = (torch.randn(outputs[0], inputs[0], planes, 3, 3) / (9 * planes * inputs[0]) ** 0.5).to(DEVICE, dtype)
+    bias = torch.randn(outputs[0]).to(DEVICE, dtype)
     # More than one output block, inner step, row and tile along each axis.
     block = 2 * outputs[0] if pair else 16 if dtype == torch.float32 else outputs[0]
     tile = tiles.Tile(4, 8, block, 16, 4, 2, tma, pair)
@@ -104,7 +108,7 @@ def test_forward(kernels: Any, tiles: Any, dtype: torch.dtype, case: Any, tma: b
 @pytest.mark.parametrize(("dtype", "case"), RUNS, ids=str)
 def test_weight_gradient(kernels: Any, tiles: Any, dtype: torch.dtype, case: Any, tma: bool) -> None:
     (n, *volume), inputs, outputs, planes, dilation = case
-    if tma and device() == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+    if tma and not has_descriptors():
         pytest.skip("needs sm_90")
     _, x = some_channels(n, inputs, volume, dtype)
     _, grad = some_channels(n, outputs, volume, dtype)
@@ -115,6 +119,18 @@ def test_weight_gradient(kernels: Any, tiles: Any, dtype: torch.dtype, case: Any
     actual = kernels.weight_gradient(grad, x, (planes, 3, 3), dilation, tile)
     assert_close(actual, expected, dtype)
     assert torch.equal(kernels.weight_gradient(grad, x, (planes, 3, 3), dilation, tile), actual)
+
+
+def test_a_weight_may_lie_anywhere(kernels: Any, tiles: Any) -> None:
+    """A descriptor wants multiples of 16 bytes, of which a view into other weights may be none."""
+    _, x = some_channels(1, (32, 32), (2, 3, 5), torch.float16)
+    weight = torch.randn(32 * 27 * 32 + 1).to(DEVICE, torch.float16)[1:].view(32, 3, 3, 3, 32).permute(0, 4, 1, 2, 3)
+    assert weight.data_ptr() % 16 and weight.is_contiguous(memory_format=CHANNELS_LAST)
+    tile = tiles.Tile(4, 8, 32, 16, 4, 2, has_descriptors(), False)
+    results = [torch.empty_like(x) for _ in range(2)]
+    for y, each in zip(results, (weight, weight.contiguous())):
+        kernels.convolve(x, each, None, y, (1, 1, 1), tile)
+    assert torch.equal(*results)
 
 
 def on_the_way(kernels: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -243,7 +259,6 @@ def test_file_that_cannot_be_written_is_no_error(tiles: Any, file: Path) -> None
         ({"a": 3.0, "b": 2.0, "c": 1.0, None: 4.0}, 5, "a"),
         ({"a": None, "b": 2.0, "c": None, None: 4.0}, 0, "b"),
         ({"a": 3.0, "b": 2.0, "c": 5.0, None: 1.0}, 0, None),
-        ({"a": None, "b": None, "c": None, None: None}, 0, "a"),
     ],
 )
 def test_race(tiles: Any, milliseconds: dict[Any, float | None], seconds_each: float, winner: Any) -> None:
@@ -255,6 +270,23 @@ def test_race(tiles: Any, milliseconds: dict[Any, float | None], seconds_each: f
         return milliseconds[tile]
 
     assert tiles.race(["a", "b", "c", None], measure, clock=lambda: now) == winner
+
+
+def test_nothing_is_stored_where_nothing_could_be_measured(tiles: Any, file: Path) -> None:
+    candidates = tiles.weight_tiles((8, 0), 64, 64, (3, 3, 3), 1, (60, 128, 128))
+    assert tiles.choose("a", candidates, lambda c: tiles.race(c, lambda _: None)) == candidates[0]
+    assert not file.exists()
+    assert tiles.choose("a", candidates, second_of) == candidates[1]
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_nothing_is_measured_beside_zeros_or_nan(
+    kernels: Any, tiles: Any, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    race = kernels._race(lambda tile: torch.full((3,), value, device=DEVICE), torch.ones(3, device=DEVICE))
+    with pytest.raises(tiles.Undecided):
+        race(["a", "b", None])
 
 
 def test_problems_within_a_power_of_two_are_one(tiles: Any) -> None:
@@ -296,11 +328,11 @@ def test_on_a_gpu(
     weight = torch.randn(outputs, inputs, planes, 3, 3, device="cuda").div((9 * planes * inputs) ** 0.5)
     weight = weight.to(dtype).requires_grad_()
     assert why_not(x, weight) is None
+    upstream = torch.randn(n, outputs, *volume, device="cuda").to(dtype, memory_format=CHANNELS_LAST)
 
     def run(function: Callable[..., Tensor], x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         y = function(x, weight)
-        torch.manual_seed(1)
-        return y, *torch.autograd.grad(y, (x, weight), torch.randn_like(y, dtype=torch.float32).to(dtype).to(y.dtype))
+        return y, *torch.autograd.grad(y, (x, weight), upstream.to(y))
 
     ours = run(lambda x, w: dilated_conv3d(x, w, dilation=dilation), x, weight)
     again = run(lambda x, w: dilated_conv3d(x, w, dilation=dilation), x, weight)

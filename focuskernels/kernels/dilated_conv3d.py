@@ -364,10 +364,13 @@ def _race(run: Callable[[Any], Tensor], *maps: Tensor) -> Callable[[Sequence[Any
             expected = run(None).float()
         except torch.OutOfMemoryError:
             return candidates[0]
+        size = expected.norm()
+        if not 0 < float(size) < math.inf:
+            raise tiles.Undecided  # nothing is right or wrong beside zeros or NaN
 
         def milliseconds(tile: AnyTile | None) -> float | None:
             try:
-                error = (run(tile).float() - expected).norm() / expected.norm()
+                error = (run(tile).float() - expected).norm() / size
             except (torch.OutOfMemoryError, TritonError) as failure:
                 log.debug("focuskernels.dilated_conv3d: %s: %s", tile, failure)
                 return None
@@ -376,7 +379,8 @@ def _race(run: Callable[[Any], Tensor], *maps: Tensor) -> Callable[[Sequence[Any
                 return None
             return _milliseconds(lambda: run(tile))
 
-        return tiles.race(candidates, milliseconds)
+        with torch.cuda.device_of(maps[0]):  # its stream is the one to be timed
+            return tiles.race(candidates, milliseconds)
 
     return measured
 
@@ -435,7 +439,7 @@ def convolve(
     tiles = planes * triton.cdiv(height, tile.bh) * triton.cdiv(width, tile.bw)
     grid = (tiles, rows // tile.bn, x.shape[0])
     table = x.new_empty((x.shape[0], tiles, 2, rows // outputs, outputs), dtype=torch.float32) if sums else None
-    packed = _pair(weight) if tile.pair else _pack(weight)
+    packed = _aligned(_pair(weight) if tile.pair else _pack(weight))
     source: Tensor | TensorDescriptor = x
     taps: Tensor | TensorDescriptor = packed
     if tile.tma:
@@ -526,6 +530,11 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 def _pack(weight: Tensor) -> Tensor:
     """(O, taps * I): the memory of a weight in channels_last_3d."""
     return weight.permute(0, 2, 3, 4, 1).reshape(weight.shape[0], -1).contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Where a descriptor may point to: a weight may be a view into the middle of others."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _pair(weight: Tensor) -> Tensor:

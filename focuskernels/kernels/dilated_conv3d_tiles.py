@@ -127,10 +127,17 @@ def tuning() -> bool:
     return os.environ.get("FOCUSKERNELS_TUNE") != "0"
 
 
+class Undecided(Exception):
+    """No candidate could be measured, which says nothing about the next call."""
+
+
 def choose(
     name: str, candidates: Sequence[AnyTile], race: Callable[[Sequence[AnyTile | None]], AnyTile | None] | None
 ) -> AnyTile | None:
-    """The tile for the problem `name`: as stored, else the winner of `race`, else the first; None is the vendor's."""
+    """The tile for the problem `name`: as stored, else the winner of `race`, else the first, which is not stored.
+
+    None is the vendor's library.
+    """
     table = _table(_path())
     stored = table.get(name)
     if stored == VENDOR:
@@ -140,7 +147,10 @@ def choose(
             return candidate
     if race is None or not tuning():
         return candidates[0]
-    winner = race([*candidates, None])
+    try:
+        winner = race([*candidates, None])
+    except Undecided:
+        return candidates[0]
     table[name] = VENDOR if winner is None else list(winner)
     _store(_path(), table)
     return winner
@@ -151,7 +161,11 @@ def race(
     milliseconds: Callable[[AnyTile | None], float | None],
     clock: Callable[[], float] = time.monotonic,
 ) -> AnyTile | None:
-    """The fastest; `milliseconds` is None for one that fails. Runs out of patience, not out of the first two."""
+    """The fastest; `milliseconds` is None for one that fails. Runs out of patience, not out of the first two.
+
+    Raises:
+        Undecided: all that were tried failed.
+    """
     start = clock()
     # The vendor's library, last in the list, is the one to beat, hence the first to run.
     order = [*candidates[-1:], *candidates[:-1]]
@@ -162,6 +176,8 @@ def race(
         taken = milliseconds(candidate)
         if taken is not None and taken < fastest:
             best, fastest = candidate, taken
+    if fastest == float("inf"):
+        raise Undecided
     return best
 
 
