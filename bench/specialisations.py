@@ -99,7 +99,7 @@ def _focal_dice(dtype: str) -> Iterator[Specialisation]:
     types = {"logits": "*" + dtype, "grad": "*" + dtype, "sums": "*fp32", "grad_sums": "*fp32", "wrongs": "*i32"}
     types |= {"target": "*u8", "class_mask": "*u8", "gamma": "fp32", "ignore": "i64"}
     fixed = {"MODE": mode, "KIND": 2, "MULTI_HOT": False, "MASKED": True, "IGNORES": True, "stride_v": 1}
-    fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v, "TILES": module.TILES_PER_PROGRAM}
+    fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v}
     for kernel, maps in ((module.forward_kernel, 1), (module.backward_kernel, 2)):
         yield Specialisation(
             stem="focal_dice",

@@ -170,6 +170,11 @@ def unsupported_by_triton(x: Tensor, *_: Any) -> str | None:
     return "no kernel for torch.float64" if x.dtype == torch.float64 else unsupported(x)
 
 
+def too_many_samples(x: Tensor) -> str | None:
+    """None, or why no kernel with a row of programs per sample of `x` (N, ...) can be launched."""
+    return f"{len(x)} samples, at most {MOST_PROGRAMS} are supported" if len(x) > MOST_PROGRAMS else None
+
+
 def csrc_kernel(name: str, why_not: Callable[..., str | None] = _works_for_any_input) -> Kernel:
     """The C++ CPU kernel `focuskernels_C::<name>`; its schema stands in csrc."""
 

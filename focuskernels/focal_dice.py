@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from ._arguments import integer, require_number, values_are_readable
-from ._lib import csrc_kernel, define, forbid_double_backward, triton_kernel, unsupported, unsupported_by_triton
+from ._lib import (
+    csrc_kernel,
+    define,
+    forbid_double_backward,
+    too_many_samples,
+    triton_kernel,
+    unsupported,
+    unsupported_by_triton,
+)
 from .reference import focal_dice as reference
 from .reference.focal_dice import SIGMOID, SOFTMAX
 
@@ -383,7 +391,7 @@ def _not_in_triton(logits: Tensor, *_: Any) -> str | None:
     # A program holds all classes of its voxels in registers.
     if logits.shape[1] > 1024:
         return f"{logits.shape[1]} classes, at most 1024 are supported"
-    return unsupported_by_triton(logits)
+    return unsupported_by_triton(logits) or too_many_samples(logits)
 
 
 def _fake_forward(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from . import focal_dice
 from ._arguments import cast_for_autocast, require_float
-from ._lib import MOST_PROGRAMS, Kernel, csrc_missing, define, forbid_double_backward, triton_kernel, triton_kernel_or
+from ._lib import (
+    Kernel,
+    csrc_missing,
+    define,
+    forbid_double_backward,
+    too_many_samples,
+    triton_kernel,
+    triton_kernel_or,
+)
 from .focal_dice import ClassSums, Mode
 from .reference import focal_dice as loss_reference
 from .reference import linear_focal_dice as reference
@@ -204,8 +212,10 @@ def _top_class(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.focuskernels_C.class_argmax(wide)
 
 
-#: Features that fit into the registers of one program, and classes times features, both rounded up to powers of 2.
+#: What fits into the registers of one program: features, and classes times features, both rounded up to powers of 2.
+#: More classes would leave it fewer than the 16 voxels that a product of matrices takes.
 MOST_FEATURES = 64
+MOST_CLASSES = 128
 MOST_WEIGHTS = {torch.bfloat16: 4096, torch.float16: 4096, torch.float32: 1024}
 
 
@@ -215,9 +225,10 @@ def why_not(features: Tensor, weight: Tensor) -> str | None:
     if most is None:
         return f"no kernel for {features.dtype}"
     classes, channels = weight.shape
-    if channels > MOST_FEATURES or max(16, _rounded(classes)) * max(16, _rounded(channels)) > most:
+    size = max(16, _rounded(classes)) * max(16, _rounded(channels))
+    if channels > MOST_FEATURES or classes > MOST_CLASSES or size > most:
         return f"{classes} classes of {channels} features in {features.dtype}"
-    return None if len(features) <= MOST_PROGRAMS else f"{len(features)} samples, at most {MOST_PROGRAMS}"
+    return too_many_samples(features)
 
 
 def _rounded(size: int) -> int:
@@ -230,7 +241,9 @@ def _one_kernel_or_chunks(name: str, chunks: Callable[..., Any]) -> Kernel:
 
 
 def _unsupported_by_triton(features: Tensor, *_: Any) -> str | None:
-    return None if features.dtype != torch.float64 else "float64 is served by plain PyTorch"
+    if features.dtype == torch.float64:
+        return "float64 is served by plain PyTorch"
+    return too_many_samples(features)
 
 
 def _fake_forward(features: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

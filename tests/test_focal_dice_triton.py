@@ -19,10 +19,14 @@ from focuskernels import focal_dice_loss
 from focuskernels.reference import focal_dice as reference
 from focuskernels.reference.focal_dice import SIGMOID, SOFTMAX, SOFTMAX_DICE_SIGMOID_FOCAL
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 
 MODES = (SOFTMAX, SIGMOID, SOFTMAX_DICE_SIGMOID_FOCAL)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -32,39 +36,24 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     if not torch.cuda.is_available():
         # Small, so that small inputs have several programs of several tiles.
-        monkeypatch.setattr(focal_dice, "TILES_PER_PROGRAM", 2)
+        monkeypatch.setattr(focal_dice, "TILES", (2, 2))
     return focal_dice
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def inputs(mode: int, multi_hot: bool, dtype: torch.dtype, channels_last: bool, masked: bool) -> Iterator[Any]:
-    for shape in [(2, 3, 70), (1, 19, 270)] if device() == "cpu" else [(2, 3, 70), (1, 19, 70001), (3, 130, 999)]:
-        logits = (4 * torch.randn(shape)).to(dtype)
+    for shape in [(2, 3, 70), (1, 19, 270)] if DEVICE == "cpu" else [(2, 3, 70), (1, 19, 300001), (3, 130, 999)]:
+        logits = 4 * torch.randn(shape, device=DEVICE).to(dtype)
         if channels_last:
             logits = logits.transpose(1, 2).contiguous().transpose(1, 2)
         size = shape if multi_hot else (shape[0], shape[2])
-        target = torch.randint(0, 3 if multi_hot else shape[1] + 1, size, dtype=torch.uint8)
-        mask = torch.rand(shape[:2]) < 0.7 if masked else None
+        target = torch.randint(0, 3 if multi_hot else shape[1] + 1, size, dtype=torch.uint8, device=DEVICE)
+        mask = torch.rand(shape[:2], device=DEVICE) < 0.7 if masked else None
         if mask is not None:
             mask[:, 0] = True
         yield logits, target, mask
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.5])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("mode", "multi_hot"), [*((mode, False) for mode in MODES), (SIGMOID, True)])
-def test_kernels_are_the_reference_on_a_gpu(
-    kernels: Any, mode: int, multi_hot: bool, masked: bool, channels_last: bool, gamma: float, dtype: torch.dtype
-) -> None:
-    assert_kernels_are_the_reference(kernels, mode, multi_hot, masked, channels_last, gamma, dtype)
-
-
+# Each pair of two options somewhere; the interpreter cannot multiply bfloat16.
 @pytest.mark.parametrize(
     ("mode", "multi_hot", "masked", "channels_last", "gamma", "dtype"),
     [
@@ -77,36 +66,42 @@ def test_kernels_are_the_reference_on_a_gpu(
         (SIGMOID, True, False, True, 0.0, torch.float16),
         (SOFTMAX_DICE_SIGMOID_FOCAL, False, True, True, 2.0, torch.float32),
         (SOFTMAX_DICE_SIGMOID_FOCAL, False, False, False, 0.5, torch.float16),
+        *(
+            pytest.param(*options, torch.bfloat16, marks=pytest.mark.gpu)
+            for options in (
+                (SOFTMAX, False, True, True, 2.0),
+                (SIGMOID, False, False, True, 1.0),
+                (SIGMOID, True, True, False, 2.0),
+                (SOFTMAX_DICE_SIGMOID_FOCAL, False, True, False, 0.0),
+            )
+        ),
     ],
 )
 def test_kernels_are_the_reference(
     kernels: Any, mode: int, multi_hot: bool, masked: bool, channels_last: bool, gamma: float, dtype: torch.dtype
 ) -> None:
-    assert_kernels_are_the_reference(kernels, mode, multi_hot, masked, channels_last, gamma, dtype)
-
-
-def assert_kernels_are_the_reference(
-    kernels: Any, mode: int, multi_hot: bool, masked: bool, channels_last: bool, gamma: float, dtype: torch.dtype
-) -> None:
     for logits, target, mask in inputs(mode, multi_hot, dtype, channels_last, masked):
         options = (mode, gamma, 1)
-        on_device = (logits.to(device()), target.to(device()))
-        device_mask = None if mask is None else mask.to(device())
-        table, wrong = kernels.forward(*on_device, *options, device_mask)
+        table, wrong = kernels.forward(logits, target, *options, mask)
         expected_table, expected_wrong = reference.forward(logits.double(), target, *options, mask)
-        torch.testing.assert_close(table.cpu().double(), expected_table, rtol=5e-6, atol=2e-5)
-        assert torch.equal(wrong.cpu(), expected_wrong)
-        grad = torch.linspace(-1, 2, table.numel()).view(table.shape).flip(2).contiguous()
-        actual = kernels.backward(*on_device, grad.to(device()), *options, device_mask)
+        torch.testing.assert_close(table.double(), expected_table, rtol=5e-6, atol=2e-5)
+        assert torch.equal(wrong, expected_wrong)
+        grad = torch.linspace(-1, 2, table.numel(), device=DEVICE).view(table.shape).flip(2).contiguous()
+        actual = kernels.backward(logits, target, grad, *options, mask)
         expected = reference.backward(logits.double(), target, grad.double(), *options, mask)
         assert actual.stride() == logits.stride()
         slack = 1e-7 * expected.numel() ** 0.5
-        assert float((actual.cpu() - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm()) + slack
-        again, _ = kernels.forward(*on_device, *options, device_mask)
+        assert float((actual - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm()) + slack
+        again, _ = kernels.forward(logits, target, *options, mask)
         assert torch.equal(again, table)
-        over = on_device[0].clone(memory_format=torch.preserve_format)
-        kernels.backward_(over, on_device[1], grad.to(device()), *options, device_mask)
+        over = logits.clone(memory_format=torch.preserve_format)
+        kernels.backward_(over, target, grad, *options, mask)
         assert torch.equal(over, actual)
+
+
+def test_a_small_volume_has_a_program_a_tile_and_a_large_one_few_sums(kernels: Any) -> None:
+    for voxels, tiles in ((1, 1), (32**3, 1), (64 * 1024 * 2, 2), (40 * 192 * 192, 23), (160 * 512 * 512, 64)):
+        assert kernels.tiles_per_program(voxels, 64, (1, 64)) == tiles
 
 
 @pytest.mark.gpu
@@ -152,18 +147,18 @@ capability, dtype, mode = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 block_c, block_v, warps = kernels.tile(19, mode)
 pointers = {"logits": dtype, "grad": dtype, "sums": "fp32", "grad_sums": "fp32"}
 pointers |= {"target": "u8", "class_mask": "u8", "wrongs": "i32"}
-scalars = {"classes": "i32", "voxels": "i32", "stride_n": "i64", "stride_c": "i64", "ignore": "i64", "gamma": "fp32"}
+scalars = dict.fromkeys(("classes", "voxels", "tiles"), "i32") | {"gamma": "fp32"}
+scalars |= dict.fromkeys(("stride_n", "stride_c", "ignore"), "i64")
 types = {**{name: "*" + kind for name, kind in pointers.items()}, **scalars}
 constants = dict(MODE=mode, KIND=2, MULTI_HOT=False, MASKED=True, IGNORES=True, stride_v=1)
 constants |= dict(BLOCK_C=block_c, BLOCK_V=block_v)
 sixteen = ("voxels", "stride_n", "stride_c")
 tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-for kernel, more in ((kernels.forward_kernel, {"TILES": kernels.TILES_PER_PROGRAM}), (kernels.backward_kernel, {})):
-    fixed = {**constants, **more}
-    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
+for kernel in (kernels.forward_kernel, kernels.backward_kernel):
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     names = [name for name in kernel.arg_names if signature[name].startswith("*") or name in sixteen]
     aligned = [kernel.arg_names.index(name) for name in names]
-    source = ASTSource(kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -14,7 +14,9 @@ SOFTMAX = tl.constexpr(0)
 SIGMOID = tl.constexpr(1)
 
 ROWS = 6
-TILES_PER_PROGRAM = 64
+#: Tiles of a program: many, so that few sums are stored; fewer for a small volume, so that there are programs enough.
+TILES = (1, 64)
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -241,6 +243,7 @@ def forward_kernel(
     stride_n,
     stride_c,
     stride_v,
+    tiles,
     ignore: tl.int64,
     gamma: tl.float32,
     MODE: tl.constexpr,
@@ -250,17 +253,16 @@ def forward_kernel(
     IGNORES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     kept = _classes_kept(class_mask, n, classes, c, MASKED)
     zero = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
     found = (zero, zero, zero, zero, zero, zero)
     wrong_sum = tl.zeros((1,), tl.int32)
-    for tile in range(TILES):
-        v = (program.to(tl.int64) * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
+    for tile in range(tiles):
+        v = (program * tiles + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         x, _offset, inside = _load_logits(logits, n, classes, voxels, stride_n, stride_c, stride_v, c, v, kept)
         own, counted, _label, wrong = _load_target(
             target, class_mask, n, classes, voxels, ignore, c, v, inside, MULTI_HOT, MASKED, IGNORES
@@ -316,13 +318,20 @@ def tile(classes: int, mode: int) -> tuple[int, int, int]:
     return block_c, block_v, min(32, max(1, block_c * block_v // (32 * lane)))
 
 
+def tiles_per_program(voxels: int, block_v: int, bounds: tuple[int, int]) -> int:
+    """Of the shape alone, so that sums repeat bit for bit on any device."""
+    fewest, most = bounds
+    return min(most, max(fewest, triton.cdiv(voxels, block_v * PROGRAMS)))
+
+
 def forward(
     logits: Tensor, target: Tensor, mode: int, gamma: float, ignore_index: int | None, class_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.focal_dice.forward`."""
     batch, classes, voxels = logits.shape
     block_c, block_v, warps = tile(classes, mode)
-    programs = triton.cdiv(voxels, block_v * TILES_PER_PROGRAM)
+    tiles = tiles_per_program(voxels, block_v, TILES)
+    programs = triton.cdiv(voxels, block_v * tiles)
     sums = logits.new_empty((batch, programs, ROWS, classes), dtype=torch.float32)
     wrong = logits.new_empty((batch, programs), dtype=torch.int32)
     if programs and batch:
@@ -334,12 +343,12 @@ def forward(
                 classes,
                 voxels,
                 *logits.stride(),
+                tiles,
                 0 if ignore_index is None else ignore_index,
                 gamma,
                 **_flags(target, mode, gamma, ignore_index, class_mask),
                 BLOCK_C=block_c,
                 BLOCK_V=block_v,
-                TILES=TILES_PER_PROGRAM,
                 num_warps=warps,
             )
     return sums.sum(dim=1, dtype=torch.float64).to(torch.float32), wrong.sum(dim=1)

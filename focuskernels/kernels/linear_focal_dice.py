@@ -21,6 +21,7 @@ from .focal_dice import (
     _load_target,
     _pointers,
     _store_sums,
+    tiles_per_program,
 )
 
 #: A product of matrices takes at least 16 of each axis.
@@ -28,9 +29,8 @@ BLOCK_K = 32
 MIN_CLASSES = MIN_CHANNELS = 16
 #: Of products of float32: in TF32, with the rest that its rounding leaves; in one, where there is no TF32.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
-#: Tiles of a program: many, so that few sums are stored; fewer for a small volume, so that there are programs enough.
+#: As of the loss alone, but no fewer than 16: a program stores the sums of a whole weight.
 TILES = (16, 64)
-PROGRAMS = 1024
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def forward(
     batch, channels, voxels = features.shape
     classes = len(weight)
     block_c, block_v, warps = tile(classes, mode, features.dtype)
-    tiles = tiles_per_program(voxels, block_v)
+    tiles = tiles_per_program(voxels, block_v, TILES)
     programs = triton.cdiv(voxels, block_v * tiles)
     sums = features.new_empty((batch, programs, ROWS, classes), dtype=torch.float32)
     wrong = features.new_empty((batch, programs), dtype=torch.int32)
@@ -301,7 +301,7 @@ def backward(
     batch, channels, voxels = features.shape
     classes = len(weight)
     block_c, block_v, warps = tile(classes, mode, features.dtype)
-    tiles = tiles_per_program(voxels, block_v)
+    tiles = tiles_per_program(voxels, block_v, TILES)
     programs = triton.cdiv(voxels, block_v * tiles)
     grad = torch.empty_like(features) if features_need_grad else features.new_empty(0)
     grad_weight = features.new_empty((batch * programs, classes, channels), dtype=torch.float32)
@@ -333,12 +333,6 @@ def backward(
                 num_warps=warps,
             )
     return grad, grad_weight.sum(dim=0), grad_bias.sum(dim=0)
-
-
-def tiles_per_program(voxels: int, block_v: int) -> int:
-    """Of the shape alone, so that sums repeat bit for bit."""
-    low, high = TILES
-    return min(high, max(low, triton.cdiv(voxels, block_v * PROGRAMS)))
 
 
 def argmax_tile(classes: int) -> tuple[int, int, int]:
