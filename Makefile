@@ -6,7 +6,7 @@
 # make docs   the documentation as a web site in site/
 # make gpu    all tests and benchmarks that need a GPU, with $(PYTHON) as it is: no set-up, no network;
 #             PART=tests, ops, bench or sanitize runs that part alone; bench goes on where ops stopped, and ops too
-#             with RESUME=1
+#             with RESUME=1; what was said is in OUT/PART.log
 # make clean  remove what was built here; the virtual environment too
 #
 # demo, test, nightly, lint and docs set up their own virtual environment first.

@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         help="leave out torch.compile (compile), other packages and formulas (peer) or work that differs (other)",
     )
     result.add_argument("--threads", type=int, help="CPU threads; default: as many as torch takes")
+    result.add_argument("--plans", type=int, default=0, help="that cuDNN tries of a convolution; default: 0, all")
     result.add_argument("--heap", choices=("warm", "default"), default="warm", help="of the C library, on a CPU")
     result.add_argument("--list", action="store_true", help="only list ops, cases and providers")
     result.add_argument("--names", action="store_true", help="only name the ops, a line each")
@@ -76,11 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.threads < 1:
             raise UsageError(f"--threads must be positive, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.benchmark_limit = 0  # all plans
-    # A kernel that is passed over must not pass for a slow one.
-    os.environ.setdefault("FOCUSKERNELS_STRICT", "1")
-    return measure(arguments, chosen, device, size)
+    if arguments.plans < 0:
+        raise UsageError(f"--plans must be at least 0, got {arguments.plans}")
+    with environment.settings(arguments.plans):
+        return measure(arguments, chosen, device, size)
 
 
 def measure(arguments: argparse.Namespace, chosen: list[Op], device: str, size: str) -> int:
@@ -154,6 +154,7 @@ def default_name(device: str, size: str) -> str:
 
 
 def _interrupt(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice: to the process and to its group
     raise KeyboardInterrupt
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .case import Case, Function, Inputs, Provider, map_tensors, tensors_in
 from .ceilings import tf32
+from .environment import without_search
 from .measure import Cotangents, Step
 
 #: Relative L2 error allowed per dtype of the inputs.
@@ -31,7 +32,7 @@ class Oracle:
         function = provider.oracle or self._case.oracle
         if (function, backward) not in self._results:
             inputs = map_tensors(self._precise, self._inputs)
-            with tf32(False):
+            with tf32(False), without_search():
                 self._results[function, backward] = results(function, inputs, backward, self._cotangents)
         return self._results[function, backward]
 

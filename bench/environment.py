@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,32 @@ import torch
 
 PACKAGES = ("focuskernels", "monai", "nnunetv2", "numpy", "torchvision", "triton")
 GPU_FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "temperature.gpu")
+
+
+@contextmanager
+def settings(plans: int = 0) -> Iterator[None]:
+    """cuDNN searches among `plans` plans of a convolution, 0 for all, and a kernel that is passed over is an error."""
+    cudnn, strict = torch.backends.cudnn, os.environ.get("FOCUSKERNELS_STRICT")
+    before = cudnn.benchmark, cudnn.benchmark_limit
+    cudnn.benchmark, cudnn.benchmark_limit = True, plans
+    # A kernel that is passed over must not pass for a slow one.
+    os.environ.setdefault("FOCUSKERNELS_STRICT", "1")
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.benchmark_limit = before
+        if strict is None:
+            del os.environ["FOCUSKERNELS_STRICT"]
+
+
+@contextmanager
+def without_search() -> Iterator[None]:
+    """cuDNN takes the plan it thinks best: for what is not timed."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class Runner:
                 "versions": environment.versions(),
                 "ceilings": measure_ceilings(self.device, self.size, sorted(dtypes, key=str), self.timer),
                 "clocks": environment.clocks(self.device),
+                "cudnn_plans": (torch.backends.cudnn.benchmark_limit or "all") if self.device == "cuda" else None,
                 "commit": head,
                 "dirty": dirty,
             }

@@ -1,7 +1,9 @@
 """Set-up of every test: the same random numbers, small thread pools, how many cases hypothesis draws."""
 
 import locale
+import signal
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,6 +18,17 @@ else:
     settings.register_profile("quick", _patient, max_examples=200, derandomize=True)
     settings.register_profile("nightly", _patient, max_examples=5000, print_blob=True)
     settings.load_profile("quick")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A time limit ends the run as Ctrl-C does: what was found until then is written."""
+    if not hasattr(config, "workerinput"):  # else a process of pytest-xdist, which ends with the one that started it
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice: to the process and to its group
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(autouse=True, scope="session")

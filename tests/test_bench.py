@@ -471,6 +471,7 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
         (["focal_dice_los"], "error: no op named focal_dice_los; did you mean focal_dice_loss?"),
         (["--device", "tpu"], "error: argument --device: invalid choice: 'tpu'"),
         (["--threads", "0"], "error: --threads must be positive, got 0"),
+        (["--plans", "-1"], "error: --plans must be at least 0, got -1"),
         (["--json", "{bad}"], "expected benchmark results of schema 1"),
     ],
 )
@@ -524,26 +525,82 @@ def test_gpu_script_goes_on_after_a_failure(part: str, resume: bool, tmp_path: P
         return
     # The long ones last, each in a process of its own; one that fails keeps none of the others from running.
     each = [
-        f"-m bench {op} --device cuda --without compile --json {out}/gpu.json"
+        f"-m bench {op} --device cuda --without compile --plans 10 --json {out}/gpu.json"
         for op in ("norm_act", "roi_align_3d", "dense_aspp3d", "focusnet", "snet")
     ]
     assert benches == [line + " --resume" * resume for line in each] + [everything] * (part == "")
     assert run.returncode == 1
     assert "== ops-norm_act failed: exit code 3" in run.stdout
-    assert (out / "ops-norm_act.log").read_text().startswith("broken")
     assert (out / "gpu-before.json").exists() != resume
-    assert ("-m pytest -m gpu" in calls.read_text()) == (part == "")
+    assert ("-m pytest -v -m (gpu or kernels) and not large and not slow" in calls.read_text()) == (part == "")
+    # Few files to fetch: one log, which holds all that was said.
+    assert {path.name for path in out.iterdir()} <= {"gpu.json", "gpu-before.json", f"{part or 'all'}.log"}
+    log = (out / f"{part or 'all'}.log").read_text()
+    assert "broken\n== ops-norm_act failed: exit code 3\n== ops-roi_align_3d, after " in log
+
+
+def test_gpu_script_runs_every_file_with_gpu_tests_that_of_most_kernels_last(tmp_path: Path) -> None:
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(STUB.format(calls=calls, out=tmp_path))
+    stub.chmod(0o755)
+    subprocess.run([str(ROOT / "tools" / "gpu.sh"), str(stub), str(tmp_path / "out"), "tests"], timeout=120, check=True)
+    (line,) = (line for line in calls.read_text().splitlines() if "-m pytest" in line and "and not large" in line)
+    files = re.findall(r"tests/(test_\w+\.py)", line)
+    marked = [p.name for p in (ROOT / "tests").glob("test_*.py") if re.search(r"mark\.(gpu|kernels)", p.read_text())]
+    assert sorted(files) == sorted(set(marked)) and files[-1] == "test_linear_focal_dice_triton.py"
+
+
+def test_a_time_limit_leaves_what_the_tests_found(tmp_path: Path) -> None:
+    """As tools/gpu.sh ends them: with SIGTERM."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(100)\n")
+    found = tmp_path / "found.xml"
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "pytest",
+        "-v",
+        f"--rootdir={tmp_path}",
+        f"--junitxml={found}",
+        str(tmp_path),
+    ]
+    run = subprocess.Popen([*command, "-p", "no:cacheprovider"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    # the name of a test is written when it begins
+    assert any("test_b" in line or "test_a PASSED" in line for line in run.stdout)
+    run.terminate()
+    assert run.wait(timeout=60) == pytest.ExitCode.INTERRUPTED
+    assert 'name="test_a"' in found.read_text()
+
+
+def test_settings_end_with_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FOCUSKERNELS_STRICT", raising=False)
+    cudnn = torch.backends.cudnn
+
+    def now() -> tuple[object, ...]:
+        return cudnn.benchmark, cudnn.benchmark_limit, os.environ.get("FOCUSKERNELS_STRICT")
+
+    before = now()
+    with environment.settings(10):
+        assert now()[0] is True and now()[2] == "1"
+        with environment.without_search():
+            assert not cudnn.benchmark
+        assert cudnn.benchmark
+    assert now() == before
 
 
 def test_limits_of_the_gpu_script_fit() -> None:
-    """25 minutes in all, and each part with what every part begins with under 10."""
+    """25 minutes in all, each part with what every part begins with under 10, tests and ops under 13."""
     text = (ROOT / "tools" / "gpu.sh").read_text()
     limits = {name.strip('"'): int(limit) for name, limit in re.findall(r"step (\S+) (\d+) ", text)}
     (ops_limit,) = re.findall(r"end=\$\(\(SECONDS \+ (\d+)\)\)", text)
     begin = limits["build"] + limits["info"]
-    parts = [limits["tests"], int(ops_limit), limits["bench"], 2 * limits["sanitize-$tool"]]
+    tests, ops = limits["tests"] + limits["tests-large"], int(ops_limit)
+    parts = [tests, ops, limits["bench"], limits["sanitize-compile"] + 2 * limits["sanitize-$tool"]]
     assert begin + sum(parts) <= 25 * 60
     assert begin + max(parts) < 10 * 60
+    assert begin + tests + ops <= 13 * 60
 
 
 def test_only_torch_is_needed() -> None:
@@ -565,11 +622,3 @@ def test_only_torch_is_needed() -> None:
     assert "heatmap_argmax_3d" in run.stdout
     assert {row["status"] for row in rows if row["provider"] == "MONAI ChannelSELayer"} == {"missing"}
     assert our_row(rows) is not None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_every_case_runs_on_a_gpu(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    assert main(["--device", "cuda", "--quick", "--json", str(path)]) == 0
-    assert {r["status"] for r in load(path)["rows"] if r["role"] == "ours"} == {"ok"}

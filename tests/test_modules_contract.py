@@ -29,6 +29,7 @@ class Network(nn.Module):
         self.up = fnn.convert_sync_norm(fnn.UpSEResBlock3d(12 + 4, 12))
         self.head = nn.Conv3d(12, 3, 1)
         self.loss = fnn.FocalDiceLoss(alpha=[1.0, 2.0, 3.0])
+        self.register_buffer("box", torch.tensor([[0, 1, 1, 3, 4, 4]]), persistent=False)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         stem = self.norm(self.stem(x))
@@ -37,7 +38,7 @@ class Network(nn.Module):
         h = self.up(nn.functional.max_pool3d(h, (1, 2, 2)), stem)
         samples = torch.arange(len(x), device=x.device)[:, None]
         rois = self.gather([h, x], torch.cat([samples, torch.full((len(x), 3), 2, device=x.device)], dim=1))
-        boxes = torch.cat([samples, torch.tensor([[0, 1, 1, 3, 4, 4]], device=x.device).expand(len(x), -1)], dim=1)
+        boxes = torch.cat([samples, self.box.expand(len(x), -1)], dim=1)
         return self.loss(self.head(h), labels) + rois.square().mean() + self.align(h, boxes).square().mean()
 
 

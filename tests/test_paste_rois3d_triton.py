@@ -11,7 +11,10 @@ from triton_runs import skip_unless_kernels_run
 from focuskernels import paste_rois_3d
 from focuskernels.reference import paste_rois3d as reference
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

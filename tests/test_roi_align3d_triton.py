@@ -13,7 +13,10 @@ from focuskernels import roi_align_3d
 from focuskernels._lib import DTYPES
 from focuskernels.reference import roi_align3d as reference
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of values about 1; sums are in float32, in another order than the reference's, and rounded once.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -143,8 +146,8 @@ def test_same_bits_and_no_volume_but_the_gradient(ratio: int, channels_last: boo
     assert torch.cuda.max_memory_allocated() - before <= volume.nbytes + 300 * 16 * (48 + 96 + 96 + 4 * 21)
     assert torch.equal(first, again) and torch.equal(pooled, roi_align_3d(volume, rois, 7, 1.0, ratio))
     options = ([1.0] * 3, ratio, True)
-    expected = reference.backward(grad.double().cpu(), rois.cpu(), *options, list(volume.shape), 1, channels_last)
-    torch.testing.assert_close(first.double().cpu(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    expected = reference.backward(grad.double(), rois, *options, list(volume.shape), 1, channels_last)
+    torch.testing.assert_close(first.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu
