@@ -6,7 +6,7 @@ S-Net; then SOL-Net with S-Net fixed, its norm statistics too; then SOS-Net with
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from .checkpoint import Model
 from .config import StageConfig, TrainConfig
 from .data.crops import Crop
-from .distributed import Ranks
 from .errors import FocusNetError
 from .losses import heatmap_loss, in_crop, segmentation_loss, sos_loss
 from .model import FocusNet
+
+if TYPE_CHECKING:  # it speaks to people, for which it needs more packages
+    from .distributed import Ranks
 
 STAGES = ("snet", "sol", "sos", "joint")
 TRAINED = {"snet": ("snet",), "sol": ("sol",), "sos": ("sos",), "joint": ("snet", "sol", "sos")}
@@ -87,7 +89,7 @@ class Shares(NamedTuple):
     organs: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, crop: Crop, ranks: Ranks) -> "Shares":
+    def of(cls, crop: Crop, ranks: "Ranks") -> "Shares":
         """Of this process's crops; every process must call it."""
         heatmaps = int((~crop.centers.isnan().any(dim=-1)).sum())
         rois = in_crop(crop).sum(dim=0).tolist()

@@ -21,7 +21,7 @@ from .data.plan import Plan
 from .distributed import ALONE, Ranks, is_lost, joined
 from .errors import FocusNetError
 from .files import alone_in, check_writable, clear_unfinished
-from .plan import fitting_crop
+from .memory import fitting_crop
 from .prepare import prepare
 from .stages import STAGES, check_stages, set_epochs, stages
 from .tensorboard import Board, check_tensorboard_extra

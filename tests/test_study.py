@@ -18,7 +18,7 @@ from focusnet.config import Config, DataConfig, total_stride
 from focusnet.data.cases import find_cases
 from focusnet.data.images import read_labels, write_labels
 from focusnet.errors import FocusNetError
-from focusnet.plan import assumed_plan, train_estimate
+from focusnet.memory import assumed_plan, train_estimate
 from focusnet.study import atlas, runner
 from focusnet.study.atlas import vote
 from focusnet.study.command import _test_cases, choose_rows, main, scale_epochs
