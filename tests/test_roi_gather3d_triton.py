@@ -151,4 +151,5 @@ def test_kernels_compile_without_spills(
     assert len(usage) == 2, result.stdout
     for registers, stack, shared, local in usage:
         assert int(stack) == int(local) == 0, result.stdout
-        assert int(registers) <= 192 and int(shared) <= 48 * 1024, result.stdout
+        # up to 231 with Triton 3.6, at most 192 with 3.9: one program a multiprocessor either way
+        assert int(registers) <= 240 and int(shared) <= 48 * 1024, result.stdout
