@@ -308,7 +308,7 @@ def alpha_tensor(
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"alpha must hold one number per class, got {alpha!r}") from error
     if values.dim() != 1:
-        raise ValueError(f"alpha must hold one number per class, got {alpha!r}")
+        raise ValueError(f"alpha must be (C,), one number per class, got shape {tuple(values.shape)}")
     if values_are_readable(values) and not bool(((values >= 0) & torch.isfinite(values)).all()):
         raise ValueError(f"alpha must be finite and at least 0, got {values.tolist()}")
     return values

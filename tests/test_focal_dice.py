@@ -465,7 +465,11 @@ def test_module_is_the_function() -> None:
         (ValueError, "from -1 to 4", lambda x, t: (x, _set(t, -1), {})),
         (ValueError, "from -1 to", lambda x, t: (x, _set(t, -1), {"ignore_index": 3})),
         (TypeError, "alpha must hold one number per class, got 'abc'", lambda x, t: (x, t, {"alpha": "abc"})),
-        (ValueError, "alpha must hold one number per class, got 0.25", lambda x, t: (x, t, {"alpha": 0.25})),
+        (
+            ValueError,
+            r"alpha must be \(C,\), one number per class, got shape \(\)",
+            lambda x, t: (x, t, {"alpha": 0.25}),
+        ),
         (ValueError, "alpha must have 5", lambda x, t: (x, t, {"alpha": [1.0]})),
         (ValueError, "alpha must be finite", lambda x, t: (x, t, {"alpha": [1.0, -1, 1, 1, 1]})),
         (ValueError, "gamma", lambda x, t: (x, t, {"gamma": -1.0})),

@@ -275,7 +275,7 @@ def test_bad_arguments() -> None:
         (TypeError, "roi_size must be an integer or three", lambda: ROIGather3d(True)),
         (TypeError, "roi_size must be an integer or three", lambda: ROIGather3d((2.0, 2.0, 2.0))),
         (ValueError, "padding must be", lambda: ROIGather3d(2, padding="reflect")),
-        (ValueError, "alpha must hold one number per class, got 0.25", lambda: FocalDiceLoss(alpha=0.25)),
+        (ValueError, r"alpha must be \(C,\), one number per class, got shape \(\)", lambda: FocalDiceLoss(alpha=0.25)),
         (ValueError, "alpha must be finite", lambda: FocalDiceLoss(alpha=[1.0, -1.0])),
         (ValueError, "x has 4 channels, expected 3", lambda: SEResBlock3d(3, 8)(torch.zeros(1, 4, 2, 2, 2))),
         (ValueError, "x has 4 channels, expected 3", lambda: DenseASPP3d(3)(torch.zeros(1, 4, 2, 2, 2))),
