@@ -1,7 +1,9 @@
 """Set-up of every test: the same random numbers, small thread pools, how many cases hypothesis draws."""
 
 import locale
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -35,6 +37,18 @@ def _interrupt(*_: Any) -> NoReturn:
 def _one_thread() -> None:
     # The tensors are tiny and the tests run in parallel.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _device_of_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fault on a GPU ends the process of pytest-xdist that met it: a new one runs the tests that follow."""
+    yield
+    if hasattr(request.config, "workerinput") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as fault:
+            print(fault, file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 @pytest.fixture(autouse=True)

@@ -574,6 +574,25 @@ def test_a_time_limit_leaves_what_the_tests_found(tmp_path: Path) -> None:
     assert 'name="test_a"' in found.read_text()
 
 
+def test_a_fault_of_the_gpu_fails_no_other_test(tmp_path: Path) -> None:
+    """Every call fails in a process that met one."""
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text("""
+import torch
+torch.cuda.is_initialized = lambda: True
+def fails(): raise RuntimeError("CUDA error")
+def lives(): pass
+torch.cuda.synchronize = lives
+def test_a(): torch.cuda.synchronize = fails
+def test_b(): torch.cuda.synchronize()
+def test_c(): torch.cuda.synchronize()
+""")
+    command = [sys.executable, "-m", "pytest", "-n", "1", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "1 failed, 3 passed" in run.stdout and "crashed while running 'test_it.py::test_a'" in run.stdout
+
+
 def test_settings_end_with_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FOCUSKERNELS_STRICT", raising=False)
     cudnn = torch.backends.cudnn
