@@ -14,13 +14,11 @@ import focuskernels
 PACKAGE = Path(focuskernels.__file__).parent
 FOCUSNET = sorted((PACKAGE.parent / "focusnet").rglob("*.py"))
 
+# As if they were not installed: torch itself asks for Triton.
 BLOCKED = """
 import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "focusnet", "scipy", "SimpleITK", "matplotlib", "rich", "jsonargparse"}:
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocker())
+for name in ("triton", "focusnet", "scipy", "SimpleITK", "matplotlib", "rich", "jsonargparse"):
+    sys.modules[name] = None
 """
 
 

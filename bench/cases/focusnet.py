@@ -28,9 +28,10 @@ SMALL = 3
 SPACING, SIGMA_MM = (2.5, 1.0, 1.0), 5.0
 #: Volumes and the size of every ROI, in the order they are measured.
 SIZES: dict[tuple[str, str], list[tuple[Triple, Triple]]] = {
-    ("cpu", "quick"): [((4, 12, 12), (2, 4, 4))],
+    # not 2 slices: oneDNN's weight gradient in bfloat16 is wrong there, for the peers (focuskernels/onednn.py)
+    ("cpu", "quick"): [((6, 16, 16), (4, 8, 8))],
     ("cpu", "full"): [((16, 64, 64), (8, 32, 32))],
-    ("cuda", "quick"): [((4, 12, 12), (2, 4, 4))],
+    ("cuda", "quick"): [((6, 16, 16), (4, 8, 8))],
     ("cuda", "full"): [(size, (12, 64, 64)) for size in snet.SIZES["cuda", "full"]],
 }
 
