@@ -233,7 +233,8 @@ class PredictConfig:
 
     Attributes:
         overlap: Share by which neighbouring windows overlap along each axis.
-        min_peak: A small organ whose heat map stays below this keeps S-Net's own segmentation.
+        min_peak: A small organ whose heat map stays below this, or whose branch finds nothing, keeps S-Net's own
+            segmentation.
         largest_component: Keep the largest connected part alone of every organ that S-Net segments.
     """
 

@@ -26,12 +26,16 @@ class Segmentation:
         confidence: (1 + organs,) mean probability of each label over its voxels; NaN where there are none.
         peaks: (small organs, 3) voxel coordinates of the heat maps' maxima; empty without SOL-Net.
         peak_values: (small organs,) heights of these maxima.
+        located: Numbers of the small organs whose heat map is high enough.
+        found: Those of them that SOS-Net segmented; what is there of the others is S-Net's.
     """
 
     labels: Tensor
     confidence: Tensor
     peaks: Tensor
     peak_values: Tensor
+    located: list[int]
+    found: list[int]
 
 
 def segment_hu(model: Model, hu: np.ndarray, device: torch.device) -> Segmentation:
@@ -75,7 +79,8 @@ def segment(
         small_labels: Label value of every small organ, in the order of the heat maps.
         window: Size of the windows in voxels; they shrink to volumes that are smaller.
         overlap: Share by which neighbouring windows overlap, in [0, 1).
-        min_peak: A small organ whose heat map stays below this keeps S-Net's segmentation.
+        min_peak: A small organ whose heat map stays below this, or whose branch finds nothing in its ROI, keeps S-Net's
+            segmentation.
         largest_component: Keep the largest connected part alone of every organ that S-Net segments.
         parts: The trained parts; without "sos" the label map is S-Net's.
     """
@@ -84,7 +89,8 @@ def segment(
     windows = Windows(network, _pad(image, padded), size)
     probability, heatmaps = windows.average(window_starts(padded, size, overlap), with_heatmaps="sol" in parts)
     peaks = heatmap_argmax_3d(_crop(heatmaps, shape)[None])
-    found = [k for k, height in enumerate(peaks.value[0].tolist()) if "sos" in parts and height >= min_peak]
+    located = [k for k, height in enumerate(peaks.value[0].tolist()) if "sos" in parts and height >= min_peak]
+    found = _segment_small_organs(windows, shape, peaks.index[0], located)
     for organ in found:
         probability[small_labels[organ]] = 0
     probability = _crop(probability, shape)
@@ -93,9 +99,9 @@ def segment(
     if largest_component:
         labels = _largest_components(labels)
     if found:
-        labels, best = _add_small_organs(windows, labels, best, peaks.index[0], found, small_labels)
+        labels, best = _paste_small_organs(labels, best, peaks.index[0], found, small_labels)
     confidence = torch.stack([best[labels == value].mean() for value in range(len(probability))])
-    return Segmentation(labels, confidence, peaks.index[0], peaks.value[0])
+    return Segmentation(labels, confidence, peaks.index[0], peaks.value[0], located, list(found))
 
 
 class Windows:
@@ -155,26 +161,34 @@ def _largest_components(labels: Tensor) -> Tensor:
     return torch.from_numpy(kept).to(labels.device)
 
 
-def _add_small_organs(
-    windows: Windows, labels: Tensor, best: Tensor, peaks: Tensor, found: list[int], small_labels: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Paste SOS-Net's segmentations of the organs `found` over `labels`; returns labels and their probabilities."""
+def _segment_small_organs(
+    windows: Windows, shape: tuple[int, ...], peaks: Tensor, organs: list[int]
+) -> dict[int, Tensor]:
+    """SOS-Net's logits (d, h, w) of those of the organs that it finds around their peaks in a volume of `shape`."""
     logits: dict[int, Tensor] = {}
     sizes = windows.network.roi_sizes
-    windows = windows.holding([sizes[organ] for organ in found])
-    for start, organs in _group(peaks, found, sizes, windows.size, tuple(windows.volume.shape)):
+    windows = windows.holding([sizes[organ] for organ in organs])
+    for start, members in _group(peaks, organs, sizes, windows.size, tuple(windows.volume.shape)):
         image, snet, heatmaps = windows.run(start)
-        in_window = peaks[organs] - peaks.new_tensor(start)
-        centers = torch.cat([peaks.new_zeros(len(organs), 1), in_window], dim=1)
-        found_here = windows.network.segment_rois(organs, image, snet, heatmaps, centers)
-        logits |= {organ: roi[0].float() for organ, roi in zip(organs, found_here, strict=True)}
-    rois = [logits[organ] for organ in found]
-    classes = torch.tensor([small_labels[organ] for organ in found], device=labels.device)
-    centers = torch.cat([peaks.new_zeros(len(found), 1), peaks[found]], dim=1)
-    pasted = paste_rois_3d(labels[None], rois, centers, classes)[0]
+        in_window = peaks[members] - peaks.new_tensor(start)
+        centers = torch.cat([peaks.new_zeros(len(members), 1), in_window], dim=1)
+        found_here = windows.network.segment_rois(members, image, snet, heatmaps, centers)
+        logits |= {organ: roi[0].float() for organ, roi in zip(members, found_here, strict=True)}
+    inside = {organ: _roi_overlap(peaks[organ].tolist(), sizes[organ], shape)[1] for organ in organs}
+    return {organ: logits[organ] for organ in organs if (logits[organ][inside[organ]] > 0).any()}
+
+
+def _paste_small_organs(
+    labels: Tensor, best: Tensor, peaks: Tensor, found: dict[int, Tensor], small_labels: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Paste the logits `found` over `labels`; returns labels and their probabilities."""
+    organs = list(found)
+    classes = torch.tensor([small_labels[organ] for organ in organs], device=labels.device)
+    centers = torch.cat([peaks.new_zeros(len(organs), 1), peaks[organs]], dim=1)
+    pasted = paste_rois_3d(labels[None], list(found.values()), centers, classes)[0]
     best = best.clone()
-    for organ, roi in zip(found, rois, strict=True):
-        inside, in_roi = _roi_overlap(peaks[organ].tolist(), sizes[organ], tuple(labels.shape))
+    for organ, roi in found.items():
+        inside, in_roi = _roi_overlap(peaks[organ].tolist(), roi.shape, labels.shape)
         won = pasted[inside] == small_labels[organ]
         best[inside] = torch.where(won, roi.sigmoid()[in_roi], best[inside])
     return pasted, best
@@ -205,7 +219,7 @@ def _group(
 
 
 def _roi_overlap(
-    center: list[int], size: Triple, shape: tuple[int, ...]
+    center: Sequence[int], size: Sequence[int], shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """The part of an ROI inside the volume, as slices of the volume and of the ROI."""
     starts = [c - n // 2 for c, n in zip(center, size, strict=True)]

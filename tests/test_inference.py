@@ -90,6 +90,14 @@ def test_low_peak_leaves_it_to_snet() -> None:
     assert (result.labels[image > 5] == 1).all()
 
 
+def test_a_branch_that_finds_nothing_leaves_it_to_snet() -> None:
+    """The peak lies where there is no organ: what S-Net says there and elsewhere stays."""
+    image = image_with_organs((8, 16, 16), (1, 10, 10)).clamp(max=4.5)
+    result = run(StandIn(), image)
+    assert (result.located, result.found) == ([0], [])
+    assert torch.equal(result.labels, (image > 1).to(torch.uint8))
+
+
 def test_one_window_runs_once() -> None:
     network = StandIn()
     run(network, image_with_organs((8, 16, 16), (1, 10, 10)))
