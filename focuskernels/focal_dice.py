@@ -132,7 +132,7 @@ def focal_dice_sums(
     return loss_sums(
         logits,
         target,
-        lambda **options: class_sums(logits, target, inplace_grad=inplace_grad, **options),
+        lambda **options: _checked_class_sums(logits, target, inplace_grad=inplace_grad, **options),
         activation=activation,
         gamma=gamma,
         alpha=alpha,
@@ -206,6 +206,18 @@ def class_sums(
         TypeError, ValueError: tensors as `focal_dice_loss`, on behalf of the kernels: they would read beyond them.
     """
     _check(logits, target, class_mask, multi_hot=mode == SIGMOID and target.dim() == logits.dim())
+    return _checked_class_sums(logits, target, mode, gamma, ignore_index, class_mask, inplace_grad)
+
+
+def _checked_class_sums(
+    logits: Tensor,
+    target: Tensor,
+    mode: int,
+    gamma: float,
+    ignore_index: int | None,
+    class_mask: Tensor | None,
+    inplace_grad: bool,
+) -> ClassSums:
     if class_mask is not None:
         class_mask = _needed(class_mask)
     x, labels = flat(logits), flat_target(target, logits)
