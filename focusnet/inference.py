@@ -26,16 +26,14 @@ class Segmentation:
         confidence: (1 + organs,) mean probability of each label over its voxels; NaN where there are none.
         peaks: (small organs, 3) voxel coordinates of the heat maps' maxima; empty without SOL-Net.
         peak_values: (small organs,) heights of these maxima.
-        located: Numbers of the small organs whose heat map is high enough.
-        found: Those of them that SOS-Net segmented; what is there of the others is S-Net's.
+        empty_rois: Numbers of the small organs whose branch found nothing around the peak: what is there is S-Net's.
     """
 
     labels: Tensor
     confidence: Tensor
     peaks: Tensor
     peak_values: Tensor
-    located: list[int]
-    found: list[int]
+    empty_rois: list[int]
 
 
 def segment_hu(model: Model, hu: np.ndarray, device: torch.device) -> Segmentation:
@@ -101,7 +99,8 @@ def segment(
     if found:
         labels, best = _paste_small_organs(labels, best, peaks.index[0], found, small_labels)
     confidence = torch.stack([best[labels == value].mean() for value in range(len(probability))])
-    return Segmentation(labels, confidence, peaks.index[0], peaks.value[0], located, list(found))
+    empty_rois = [organ for organ in located if organ not in found]
+    return Segmentation(labels, confidence, peaks.index[0], peaks.value[0], empty_rois)
 
 
 class Windows:

@@ -85,7 +85,7 @@ def measure(
         }
     for name, measured in table.items():
         measured["flags"] = flags(name, table, model.config.predict.min_peak)
-    for number in set(result.located) - set(result.found):
+    for number in result.empty_rois:
         table[model.plan.small_organs[number]]["flags"].append("nothing in its ROI")
     return table
 

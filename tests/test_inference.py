@@ -81,6 +81,7 @@ def test_small_organ_is_found_wherever_it_lies(corner) -> None:
     z, y, x = corner
     assert result.peaks[0].tolist() == [z, y + 1, x + 1]
     assert result.confidence[2] > 0.99
+    assert result.empty_rois == []
 
 
 def test_low_peak_leaves_it_to_snet() -> None:
@@ -94,7 +95,7 @@ def test_a_branch_that_finds_nothing_leaves_it_to_snet() -> None:
     """The peak lies where there is no organ: what S-Net says there and elsewhere stays."""
     image = image_with_organs((8, 16, 16), (1, 10, 10)).clamp(max=4.5)
     result = run(StandIn(), image)
-    assert (result.located, result.found) == ([0], [])
+    assert result.empty_rois == [0]
     assert torch.equal(result.labels, (image > 1).to(torch.uint8))
 
 

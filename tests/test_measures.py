@@ -40,12 +40,12 @@ def labels() -> np.ndarray:
 
 
 def measured(
-    grid: Grid, volume_range: tuple[float, float] | None = (200.0, 900.0), found: Sequence[int] = (0,)
+    grid: Grid, volume_range: tuple[float, float] | None = (200.0, 900.0), empty_rois: Sequence[int] = ()
 ) -> dict[str, dict]:
     hu = np.random.default_rng(0).integers(-100, 100, grid.shape).astype(np.int16)
     confidence = torch.tensor([0.99, 0.9, 0.8, 0.4, 0.7, float("nan")])
     peaks, heights = torch.tensor([[3, 13, 7], [9, 9, 9]]), torch.tensor([0.9, 0.1])
-    result = Segmentation(torch.zeros(1), confidence, peaks, heights, located=[0], found=list(found))
+    result = Segmentation(torch.zeros(1), confidence, peaks, heights, list(empty_rois))
     table = measure(model(volume_range), labels(), Volume(hu, grid), result, grid)
     for value, name in enumerate(ORGANS[:4], start=1):
         assert table[name]["mean_hu"] == pytest.approx(hu[labels() == value].mean(), abs=0.06)
@@ -82,7 +82,7 @@ def test_what_is_odd_is_flagged() -> None:
     swapped = measured(OBLIQUE)
     assert swapped["Eye_L"]["flags"] == ["on the wrong side of Eye_R"]
     assert "on the wrong side of Eye_L" in swapped["Eye_R"]["flags"]
-    assert measured(MIRRORED, found=[])["Eye_L"]["flags"] == ["nothing in its ROI"]
+    assert measured(MIRRORED, empty_rois=[0])["Eye_L"]["flags"] == ["nothing in its ROI"]
     table["Larynx"] |= {"parts": 1, "largest_part": 1.0, "at_border": ["inferior", "left"], "volume_cm3": 0.5}
     assert flags("Larynx", table, 0.2) == ["cut off by the image: inferior, left"]
 

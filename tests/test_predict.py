@@ -250,7 +250,7 @@ def test_outlines_are_drawn_in_thin_volumes_too(checkpoint, tmp_path, shape) -> 
     model, _ = load_checkpoint(checkpoint, torch.device("cpu"))
     labels = torch.ones(shape, dtype=torch.uint8)
     peaks = torch.tensor([[0, 0, 0], [n - 1 for n in shape]])
-    result = Segmentation(labels, torch.ones(4), peaks, torch.tensor([0.1, 0.9]), [1], [1])
+    result = Segmentation(labels, torch.ones(4), peaks, torch.tensor([0.1, 0.9]), [])
     volume = Volume(np.zeros(shape, np.int16), Grid(shape, GRID.spacing))
     draw_qc(tmp_path / "qc.png", volume, result, model)
     picture = imread(tmp_path / "qc.png")

@@ -541,7 +541,7 @@ def test_an_organ_found_where_nobody_contoured_it_is_spurious_and_enters_no_mean
             labels = torch.zeros(hu.shape, dtype=torch.uint8)
             for organ in wanted:
                 labels[1, 1, model.plan.organ_names.index(organ)] = model.plan.organ_names.index(organ) + 1
-            return Segmentation(labels, torch.ones(4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2), [], [])
+            return Segmentation(labels, torch.ones(4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2), [])
 
         monkeypatch.setattr(validation, "segment_hu", segmented)
         return validate(model, cache, [with_eye, without], CPU)
