@@ -30,35 +30,6 @@ using namespace focal_dice;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class Label>
-int64_t decode(const Problem& p, const Sample& s, int64_t start, int count, int32_t* slots) {
-  const Label* label = static_cast<const Label*>(p.target) + s.index * p.voxels + start;
-  const int32_t none = s.count();
-  const int64_t classes = p.classes;
-  int32_t wrong = 0;
-  for (int i = 0; i < count; ++i) {
-    const int64_t value = label[i];
-    const bool in_range = (value >= 0) & (value < classes), ignored = p.has_ignore & (value == p.ignore);
-    // Without a branch for the usual case, so that it vectorises.
-    slots[i] = in_range & !ignored ? static_cast<int32_t>(value) : static_cast<int32_t>(classes);
-    wrong += (in_range | ignored) ? 0 : 1;
-  }
-  if (s.identity) return wrong;
-  for (int i = 0; i < count; ++i) slots[i] = slots[i] < classes ? s.slots[slots[i]] : none;
-  return wrong;
-}
-
-Decode decode_for(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte: return &decode<uint8_t>;
-    case ScalarType::Char: return &decode<int8_t>;
-    case ScalarType::Short: return &decode<int16_t>;
-    case ScalarType::Int: return &decode<int32_t>;
-    case ScalarType::Long: return &decode<int64_t>;
-    default: STD_TORCH_CHECK(false, "focal_dice: unsupported target dtype ", torch::headeronly::toString(type));
-  }
-}
-
 Problem problem_of(const Tensor& logits, const Tensor& target, int64_t mode, double gamma, std::optional<int64_t> ignore) {
   STD_TORCH_CHECK(logits.dim() == 3 && logits.is_cpu(), "focal_dice: expected logits (N, C, V) on the CPU");
   Problem p{};
@@ -101,7 +72,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, i
                                    std::optional<int64_t> ignore, std::optional<Tensor> class_mask) {
   const Problem p = problem_of(logits, target, mode, gamma, ignore);
   const Kernels kernels = OF_VARIANT(kernels_for(logits.scalar_type(), p.multi_hot));
-  const Decode decode = p.multi_hot ? nullptr : decode_for(target.scalar_type());
+  const Decode decode = p.multi_hot ? nullptr : OF_VARIANT(decode_for(target.scalar_type()));
   const std::vector<Sample> samples = samples_of(p, class_mask);
   const bool wide = logits.scalar_type() == ScalarType::Double;
   Tensor sums = torch::stable::new_zeros(logits, {p.batch, kRows, p.classes}, wide ? ScalarType::Double : ScalarType::Float);
@@ -148,7 +119,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, i
 void run_backward(Problem p, const Tensor& logits, const Tensor& target, const Tensor& grad_sums, Tensor& grad,
                   const std::optional<Tensor>& class_mask, bool fresh) {
   const Kernels kernels = OF_VARIANT(kernels_for(logits.scalar_type(), p.multi_hot));
-  const Decode decode = p.multi_hot ? nullptr : decode_for(target.scalar_type());
+  const Decode decode = p.multi_hot ? nullptr : OF_VARIANT(decode_for(target.scalar_type()));
   std::vector<Sample> samples = samples_of(p, class_mask);
   const bool wide = grad_sums.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(grad_sums.is_contiguous() && grad_sums.numel() == p.batch * kRows * p.classes &&
@@ -167,7 +138,7 @@ void run_backward(Problem p, const Tensor& logits, const Tensor& target, const T
   p.grad = grad.mutable_data_ptr();
   const int64_t element = logits.element_size();
   p.bypass_cache = fresh && logits.numel() * element >= 4 * kHugePageBytes && !p.channels_last &&
-                   reinterpret_cast<uintptr_t>(p.grad) % 32 == 0 && p.voxels * element % 32 == 0;
+                   reinterpret_cast<uintptr_t>(p.grad) % 64 == 0 && p.voxels * element % 64 == 0;
   const int64_t chunks = (p.voxels + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, p.batch * chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {

@@ -246,12 +246,18 @@ struct HalfFormat {
   }
 };
 
+// A row of a block, to an address that is a multiple of a register's size.
 template <class Storage>
 INLINE void store_streaming(Storage* to, const Storage* row) {
 #ifdef ARCH_X86
-  const auto* from = reinterpret_cast<const __m256i*>(row);
-  for (unsigned i = 0; i < kBlock * sizeof(Storage) / sizeof(*from); ++i) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i, _mm256_loadu_si256(from + i));
+  for (unsigned i = 0; i < kBlock * sizeof(Storage); i += ARCH_BYTES) {
+    auto* line = reinterpret_cast<char*>(to) + i;
+    const auto* from = reinterpret_cast<const char*>(row) + i;
+    if constexpr (ARCH_BYTES == 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(line), _mm512_loadu_si512(from));
+    } else {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(line), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
   }
 #else
   std::memcpy(to, row, kBlock * sizeof(Storage));
@@ -281,6 +287,39 @@ INLINE void transpose(Eight (&rows)[8]) {
   }
 }
 #endif
+
+// See Decode.
+template <class Label>
+KERNEL int64_t decode(const Problem& p, const Sample& s, int64_t start, int count, int32_t* slots) {
+  using Wide = std::conditional_t<sizeof(Label) < sizeof(int32_t), int32_t, Label>;
+  const Label* label = static_cast<const Label*>(p.target) + s.index * p.voxels + start;
+  // A value that the dtype does not have is never met.
+  const bool ignores = p.has_ignore && p.ignore == static_cast<Label>(p.ignore);
+  const Wide ignore = static_cast<Wide>(p.ignore);
+  const int32_t none = s.count(), classes = static_cast<int32_t>(p.classes);
+  int32_t wrong = 0;
+  for (int i = 0; i < count; ++i) {
+    const Wide value = label[i];
+    const bool in_range = (value >= 0) & (value < classes), ignored = ignores & (value == ignore);
+    // Without a branch for the usual case, so that it vectorises.
+    slots[i] = in_range & !ignored ? static_cast<int32_t>(value) : classes;
+    wrong += (in_range | ignored) ? 0 : 1;
+  }
+  if (s.identity) return wrong;
+  for (int i = 0; i < count; ++i) slots[i] = slots[i] < classes ? s.slots[slots[i]] : none;
+  return wrong;
+}
+
+inline Decode decode_for(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return &decode<uint8_t>;
+    case ScalarType::Char: return &decode<int8_t>;
+    case ScalarType::Short: return &decode<int16_t>;
+    case ScalarType::Int: return &decode<int32_t>;
+    case ScalarType::Long: return &decode<int64_t>;
+    default: STD_TORCH_CHECK(false, "focal_dice: unsupported target dtype ", torch::headeronly::toString(type));
+  }
+}
 
 // Scratch memory of one thread.
 template <class Real>
@@ -349,6 +388,38 @@ INLINE void load_transposed(const typename Format::Storage* x, int64_t classes, 
   load_one_by_one<Format>(x, classes, s, kBlock, block);
 }
 
+// Whole blocks from `b` on; `x` is their first voxel of class 0.
+template <class Format, int kBlocks, class Real>
+INLINE void load_blocks(const Problem& p, const Sample& s, const typename Format::Storage* x, Tile<Real>& tile, int b) {
+  using V = typename Vec<Real>::type;
+  constexpr int kAhead = 2;  // planes
+  constexpr int kLine = 64 / sizeof(*x), kCount = kVectors<Real>;
+  const int slots = tile.slots;
+  V top[kBlocks][kCount];
+  for (int j = 0; j < kBlocks; ++j) {
+    for (int v = 0; v < kCount; ++v) top[j][v] = all<V>(-std::numeric_limits<Real>::infinity());
+  }
+  Real* row = tile.block(b);
+  const int stride = (slots + 1) * kBlock;
+  for (int a = 0; a < slots; ++a, row += kBlock) {
+    if (a + kAhead < slots) {
+      const auto* next = x + s.channels[a + kAhead] * p.voxels;
+      for (int i = 0; i < kBlocks * kBlock; i += kLine) __builtin_prefetch(next + i);
+    }
+    const auto* plane = x + s.channels[a] * p.voxels;
+    for (int j = 0; j < kBlocks; ++j) {
+      for (int v = 0; v < kCount; ++v) {
+        const V value = Format::template load_vector<V>(plane + j * kBlock + v * kLanes<Real>);
+        store(row + j * stride + v * kLanes<Real>, value);
+        top[j][v] = larger<Real>(top[j][v], value);
+      }
+    }
+  }
+  for (int j = 0; j < kBlocks; ++j) {
+    for (int v = 0; v < kCount; ++v) store(tile.top + (b + j) * kBlock + v * kLanes<Real>, top[j][v]);
+  }
+}
+
 // Copies a tile, finds the largest logit of every voxel, and fills the last block up with -inf.
 template <class Format, class Real>
 INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int count, Tile<Real>& tile) {
@@ -378,29 +449,19 @@ INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int coun
     }
     return;
   }
-  constexpr int kAhead = 2;  // planes
+  // As many blocks as leave their maxima in registers.
+  constexpr int kTogether = kVectors<Real> < 8 ? 8 / kVectors<Real> : 1;
+  int b = 0;
+  for (; b + kTogether <= whole; b += kTogether) load_blocks<Format, kTogether>(p, s, x + start + b * kBlock, tile, b);
+  for (; b < whole; ++b) load_blocks<Format, 1>(p, s, x + start + b * kBlock, tile, b);
+  if (whole == blocks) return;
   for (int a = 0; a < slots; ++a) {
     const auto* plane = x + s.channels[a] * p.voxels + start;
-    const auto* next = x + (a + kAhead < slots ? s.channels[a + kAhead] * p.voxels + start
-                                               : s.channels[a + kAhead - slots < slots ? a + kAhead - slots : 0] * p.voxels + start + tile.voxels);
-    for (int b = 0; b < whole; ++b) {
-      __builtin_prefetch(next + b * kBlock);
-      if (sizeof(typename Format::Storage) >= 4) __builtin_prefetch(next + b * kBlock + kBlock / 2);
-      Real* row = tile.block(b) + a * kBlock;
-      Real* top = tile.top + b * kBlock;
-      for (int i = 0; i < kBlock; i += kLanes<Real>) {
-        const V v = Format::template load_vector<V>(plane + b * kBlock + i), t = load(top + i);
-        store(row + i, v);
-        store(top + i, larger<Real>(t, v));
-      }
-    }
-    if (whole < blocks) {
-      Real* row = tile.block(whole) + a * kBlock;
-      for (int i = 0; i < kBlock; ++i) {
-        row[i] = whole * kBlock + i < count ? Format::load_one(plane[whole * kBlock + i]) : kNothing;
-        Real& top = tile.top[whole * kBlock + i];
-        top = row[i] > top ? row[i] : top;
-      }
+    Real* row = tile.block(whole) + a * kBlock;
+    for (int i = 0; i < kBlock; ++i) {
+      row[i] = whole * kBlock + i < count ? Format::load_one(plane[whole * kBlock + i]) : kNothing;
+      Real& top = tile.top[whole * kBlock + i];
+      top = row[i] > top ? row[i] : top;
     }
   }
 }
@@ -418,16 +479,25 @@ INLINE void store_block(typename Format::Storage* out, const Real* row, Format) 
   for (int i = 0; i < kBlock; ++i) out[i] = Format::store_one(row[i]);
 }
 
+template <class Storage>
+INLINE void write_row(const Problem& p, Storage* to, const Storage* row, int length) {
+  if (length < kBlock) {
+    std::memcpy(to, row, length * sizeof(Storage));
+  } else if (p.bypass_cache) {
+    store_streaming(to, row);
+  } else {
+    std::memcpy(to, row, kBlock * sizeof(Storage));
+  }
+}
+
 template <class Format, class Real>
 INLINE void store_row(const Problem& p, typename Format::Storage* to, const Real* row, int length) {
-  typename Format::Storage out[kBlock] __attribute__((aligned(64)));
-  store_block(out, row, Format{});
-  if (length < kBlock) {
-    std::memcpy(to, out, length * sizeof(out[0]));
-  } else if (p.bypass_cache) {
-    store_streaming(to, out);
+  if constexpr (Format::kPlain) {
+    write_row(p, to, row, length);
   } else {
-    std::memcpy(to, out, sizeof(out));
+    typename Format::Storage out[kBlock] __attribute__((aligned(64)));
+    store_block(out, row, Format{});
+    write_row(p, to, out, length);
   }
 }
 
@@ -484,12 +554,11 @@ INLINE void store_tile(const Problem& p, const Sample& s, int64_t start, int cou
     return;
   }
   for (int64_t c = 0; c < p.classes; ++c) {
-    const int a = s.slots[c];
+    const bool used = s.slots[c] < slots;
+    const Real* row = used ? tile.values + s.slots[c] * kBlock : tile.aside;
+    const int stride = used ? (slots + 1) * kBlock : 0;
     Storage* plane = grad + c * p.voxels + start;
-    for (int b = 0; b < blocks; ++b) {
-      const int length = count - b * kBlock < kBlock ? count - b * kBlock : kBlock;
-      store_row<Format>(p, plane + b * kBlock, a < slots ? tile.block(b) + a * kBlock : tile.aside, length);
-    }
+    for (int i = 0; i < count; i += kBlock, row += stride) store_row<Format>(p, plane + i, row, count - i);
   }
 }
 
@@ -515,10 +584,11 @@ INLINE void take_true(Real* block, Real* top, Real* chosen, const int32_t* label
     for (int i = 0; i < kBlock; ++i) block[uniform * kBlock + i] = kNothing;
     return;
   }
+  int32_t places[kBlock];  // first, since that vectorises
+  for (int i = 0; i < kBlock; ++i) places[i] = labels[i] * kBlock + i;
   for (int i = 0; i < kBlock; ++i) {
-    Real* place = block + labels[i] * kBlock + i;
-    chosen[i] = *place;
-    *place = kNothing;
+    chosen[i] = block[places[i]];
+    block[places[i]] = kNothing;
   }
   for (int i = 0; i < kBlock; ++i) {
     if (labels[i] < slots) continue;
@@ -577,19 +647,40 @@ INLINE void scatter_add(Real* sums, int slots, const int32_t* labels, int unifor
   }
   // Four tables in turn: neighbours of one class need not wait for each other.
   typedef Real Entry __attribute__((vector_size(4 * sizeof(Real))));
-  for (int i = 0; i < kBlock; ++i) {
-    Real* entry = sums + ((i & 3) * (slots + 1) + labels[i]) * 4;
-    Entry e;
-    std::memcpy(&e, entry, sizeof(e));
-    e += Entry{p[i], 1, focal[i], 0};
-    std::memcpy(entry, &e, sizeof(e));
+  for (int i = 0; i < kBlock; i += 4) {
+    Real* table = sums;
+    for (int j = i; j < i + 4; ++j, table += (slots + 1) * 4) {
+      Real* entry = table + labels[j] * 4;
+      Entry e;
+      std::memcpy(&e, entry, sizeof(e));
+      e += Entry{p[j], 1, focal[j], 0};
+      std::memcpy(entry, &e, sizeof(e));
+    }
   }
 }
 
+// A block of the next tile, to be fetched into the second-level cache, row by row, while this one is computed.
+template <class Storage>
+struct Ahead {
+  const Storage* logits;  // of the block's first voxel and class 0
+  const int32_t* channels;
+  int64_t voxels;
+  template <int kCount>
+  INLINE void fetch(int slot, int first) const {
+    const Storage* row = logits + channels[slot] * voxels + first;
+    for (int i = 0; i < kCount; i += 64 / sizeof(Storage)) __builtin_prefetch(row + i, 0, 2);
+  }
+};
+
+template <class Format>
+INLINE Ahead<typename Format::Storage> ahead_of(const Problem& p, const Sample& s, int64_t first) {
+  return {logits_of<Format>(p, s) + first, s.channels.data(), p.voxels};
+}
+
 // Replaces the logits of a block by e^(x - top) and sums them up, in backward also weighted by `weights` of the classes.
-template <class Real, bool kWeighted>
+template <class Real, bool kWeighted, class Storage>
 INLINE void exponentials(Real* block, const Real* top, Real* others, const Real* weights, Real* weighted, int slots,
-                         const ExpConstants& constants) {
+                         const ExpConstants& constants, const Ahead<Storage>& ahead) {
   using V = typename Vec<Real>::type;
   constexpr int kStep = kLanes<Real>, kGroup = 2;
   for (int i = 0; i < kBlock; i += kGroup * kStep) {
@@ -599,6 +690,7 @@ INLINE void exponentials(Real* block, const Real* top, Real* others, const Real*
     Real* row = block + i;
     for (int a = 0; a < slots; ++a, row += kBlock) {
       if constexpr (ARCH_BYTES < 64) __asm__("" : "+r"(k));
+      ahead.template fetch<kGroup * kStep>(a, i);
       for (int v = 0; v < kGroup; ++v) {
         const V e = exp_of(load(row + v * kStep) - tops[v], *k);
         store(row + v * kStep, e);
@@ -676,7 +768,10 @@ KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, 
           if (p.mode == kSigmoid) store(prediction + a * kStep, load(prediction + a * kStep) + p_sum);
         }
       }
-      if (p.mode != kSigmoid) exponentials<Real, false>(block, top, tile.others + b * kBlock, nullptr, nullptr, slots, constants);
+      if (p.mode != kSigmoid) {
+        exponentials<Real, false>(block, top, tile.others + b * kBlock, nullptr, nullptr, slots, constants,
+                                  ahead_of<Format>(p, s, start + tile.voxels + b * kBlock));
+      }
     }
     for (int i = 0; i < blocks * kBlock; i += kStep) {
       V q, rest, loss, whole, less;
@@ -726,7 +821,13 @@ KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, 
 // One number of the table per voxel, that of its class.
 template <class Real>
 INLINE typename Vec<Real>::type of_class(const Real* table, const int32_t* labels) {
-  typename Vec<Real>::type v;
+  using V = typename Vec<Real>::type;
+#ifdef ARCH_X86
+  if constexpr (std::is_same_v<V, Sixteen>) {
+    return _mm512_mask_i32gather_ps(V{}, 0xffff, _mm512_loadu_si512(labels), table, sizeof(Real));
+  }
+#endif
+  V v;
   for (int lane = 0; lane < kLanes<Real>; ++lane) v[lane] = table[labels[lane]];
   return v;
 }
@@ -811,7 +912,8 @@ KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, in
       take_true(block, top, chosen, labels, uniform, slots);
       if (p.mode == kSigmoid) outside_gradients(block, block, g_prediction, g_outside, slots, Real(1), gamma);
       if (p.mode == kSoftmax) {
-        exponentials<Real, true>(block, top, tile.others + b * kBlock, g_prediction, tile.mean + b * kBlock, slots, constants);
+        exponentials<Real, true>(block, top, tile.others + b * kBlock, g_prediction, tile.mean + b * kBlock, slots, constants,
+                                 ahead_of<Format>(p, s, start + tile.voxels + b * kBlock));
       }
     }
     for (int i = 0; i < blocks * kBlock; i += kStep) {
@@ -824,7 +926,8 @@ KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, in
       const int first = b * kBlock;
       if (p.mode == kSoftmaxDiceSigmoidFocal) {
         outside_gradients(block, tile.aside, g_prediction, g_outside, slots, Real(0), gamma);
-        exponentials<Real, true>(block, tile.top + first, tile.others + first, g_prediction, tile.mean + first, slots, constants);
+        exponentials<Real, true>(block, tile.top + first, tile.others + first, g_prediction, tile.mean + first, slots, constants,
+                                 ahead_of<Format>(p, s, start + tile.voxels + first));
         Real sigmoid[kBlock];
         for (int i = first; i < first + kBlock; i += kStep) {
           sigmoid_gradients(tile, i, g_inside, g_prediction, g_focal, Real(0), gamma);
