@@ -96,7 +96,7 @@ def report(machines: Machines, plots: dict[tuple[Any, ...], list[str]]) -> str:
         runs = sorted({run["started"]: run for run, _ in pairs}.values(), key=lambda run: run["started"])
         parts.append(f"## {_heading(runs[-1])}\n\n{_facts(runs)}")
         parts += [f"![{name}](img/{name})" for name in plots.get(machine, [])]
-        for op, rows in groups([row for _, row in pairs], lambda row: row["op"]).items():
+        for op, rows in sorted(groups([row for _, row in pairs], lambda row: row["op"]).items()):
             lines = [_line(group) for group in groups(rows).values()]
             parts.append(f"### {op}\n\n{markdown(HEADER, lines)}")
             parts += _compiled(rows) + _absent(rows)
