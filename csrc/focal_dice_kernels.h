@@ -449,7 +449,7 @@ INLINE void load_tile(const Problem& p, const Sample& s, int64_t start, int coun
     }
     return;
   }
-  // As many blocks as leave their maxima in registers.
+  // As many blocks as have eight registers of maxima, or one.
   constexpr int kTogether = kVectors<Real> < 8 ? 8 / kVectors<Real> : 1;
   int b = 0;
   for (; b + kTogether <= whole; b += kTogether) load_blocks<Format, kTogether>(p, s, x + start + b * kBlock, tile, b);
@@ -662,19 +662,21 @@ INLINE void scatter_add(Real* sums, int slots, const int32_t* labels, int unifor
 // A block of the next tile, to be fetched into the second-level cache, row by row, while this one is computed.
 template <class Storage>
 struct Ahead {
-  const Storage* logits;  // of the block's first voxel and class 0
+  const Storage* logits;
   const int32_t* channels;
-  int64_t voxels;
+  int64_t row;  // elements from one to the next
   template <int kCount>
   INLINE void fetch(int slot, int first) const {
-    const Storage* row = logits + channels[slot] * voxels + first;
-    for (int i = 0; i < kCount; i += 64 / sizeof(Storage)) __builtin_prefetch(row + i, 0, 2);
+    const Storage* from = logits + channels[slot] * row + first;
+    for (int i = 0; i < kCount; i += 64 / sizeof(Storage)) __builtin_prefetch(from + i, 0, 2);
   }
 };
 
 template <class Format>
 INLINE Ahead<typename Format::Storage> ahead_of(const Problem& p, const Sample& s, int64_t first) {
-  return {logits_of<Format>(p, s) + first, s.channels.data(), p.voxels};
+  const auto* x = logits_of<Format>(p, s);
+  if (p.channels_last) return {x + first * p.classes, s.channels.data(), kBlock};
+  return {x + first, s.channels.data(), p.voxels};
 }
 
 // Replaces the logits of a block by e^(x - top) and sums them up, in backward also weighted by `weights` of the classes.
@@ -770,7 +772,7 @@ KERNEL int64_t forward_labels(const Problem& p, const Sample& s, Decode decode, 
       }
       if (p.mode != kSigmoid) {
         exponentials<Real, false>(block, top, tile.others + b * kBlock, nullptr, nullptr, slots, constants,
-                                  ahead_of<Format>(p, s, start + tile.voxels + b * kBlock));
+                                  ahead_of<Format>(p, s, start + count + b * kBlock));
       }
     }
     for (int i = 0; i < blocks * kBlock; i += kStep) {
@@ -913,7 +915,7 @@ KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, in
       if (p.mode == kSigmoid) outside_gradients(block, block, g_prediction, g_outside, slots, Real(1), gamma);
       if (p.mode == kSoftmax) {
         exponentials<Real, true>(block, top, tile.others + b * kBlock, g_prediction, tile.mean + b * kBlock, slots, constants,
-                                 ahead_of<Format>(p, s, start + tile.voxels + b * kBlock));
+                                 ahead_of<Format>(p, s, start + count + b * kBlock));
       }
     }
     for (int i = 0; i < blocks * kBlock; i += kStep) {
@@ -927,7 +929,7 @@ KERNEL void backward_labels(const Problem& p, const Sample& s, Decode decode, in
       if (p.mode == kSoftmaxDiceSigmoidFocal) {
         outside_gradients(block, tile.aside, g_prediction, g_outside, slots, Real(0), gamma);
         exponentials<Real, true>(block, tile.top + first, tile.others + first, g_prediction, tile.mean + first, slots, constants,
-                                 ahead_of<Format>(p, s, start + tile.voxels + first));
+                                 ahead_of<Format>(p, s, start + count + first));
         Real sigmoid[kBlock];
         for (int i = first; i < first + kBlock; i += kStep) {
           sigmoid_gradients(tile, i, g_inside, g_prediction, g_focal, Real(0), gamma);

@@ -160,6 +160,21 @@ def test_dtypes_of_target(dtype: torch.dtype) -> None:
     torch.testing.assert_close(focal_dice_loss(logits, target.to(dtype)), focal_dice_loss(logits, target))
 
 
+@pytest.mark.parametrize(("dtype", "ignore_index"), [(torch.uint8, 256), (torch.uint8, -254), (torch.int8, 258)])
+def test_an_ignored_value_that_the_target_cannot_hold_is_never_met(dtype: torch.dtype, ignore_index: int) -> None:
+    logits, target = case()
+    target = target.to(dtype)
+    expected = focal_dice_loss(logits, target)
+    assert torch.equal(focal_dice_loss(logits, target, ignore_index=ignore_index), expected)
+    x, labels = logits.flatten(2), target.flatten(1)
+    for got, want in zip(
+        reference.forward(x, labels, SOFTMAX, 2.0, ignore_index, None),
+        reference.forward(x, labels, SOFTMAX, 2.0, None, None),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 def test_numbers_by_hand() -> None:
     # two voxels, p = (3/4, 1/4) and (1/2, 1/2), both of class 0
     logits = torch.tensor([[[3.0, 1.0], [1.0, 1.0]]]).log().double()
@@ -405,6 +420,20 @@ def test_gradient_in_place(dtype: torch.dtype, layout: torch.memory_format) -> N
     torch.testing.assert_close(
         torch.autograd.grad(focal_dice_loss(features * 2, target, inplace_grad=True), features)[0], expected
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "voxels"),
+    [(torch.float32, 240_000), (torch.float32, 240_008), (torch.float32, 240_001), (torch.bfloat16, 470_016)],
+)
+def test_gradients_that_bypass_the_cache(dtype: torch.dtype, voxels: int) -> None:
+    """Over 16 MiB, with planes that begin at cache lines or do not; the gradient in place is never written so."""
+    logits = torch.randn(1, 19, voxels, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, 19, (1, voxels), dtype=torch.uint8)
+    (expected,) = torch.autograd.grad(focal_dice_loss(logits, target), logits)
+    copy = logits.detach().clone().requires_grad_()
+    focal_dice_loss(copy * 1, target, inplace_grad=True).backward()
+    assert torch.equal(copy.grad, expected)
 
 
 def test_gradient_in_place_is_noticed_by_others() -> None:

@@ -154,7 +154,8 @@ def _counted(
     """Which target values count, and which mean nothing; both of the target's shape."""
     multi_hot = target.dim() == 3
     in_range = (target >= 0) & (target < (2 if multi_hot else classes))
-    kept = torch.ones_like(in_range) if ignore_index is None else target != ignore_index
+    # a comparison in 8 bits would wrap the number
+    kept = torch.ones_like(in_range) if ignore_index is None else target.to(torch.int64) != ignore_index
     valid = in_range & kept
     if class_mask is not None and not multi_hot:
         valid = valid & class_mask.gather(1, target.to(torch.int64).clamp(0, classes - 1))
