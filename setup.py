@@ -3,7 +3,6 @@
 FOCUSKERNELS_BUILD=auto (default)  build what the tools at hand allow, and say in one line what was left out
 FOCUSKERNELS_BUILD=0               never build
 FOCUSKERNELS_BUILD=1               fail where auto would leave the C++ kernels out
-TORCH_CUDA_ARCH_LIST               architectures for csrc/*.cu, default "8.0;9.0+PTX"; never asked of the GPU present
 MAX_JOBS                           compiler processes at once, default one per core
 
 The stable ABI of PyTorch makes one binary serve torch 2.11 and later, so that torch is needed for its headers and for
@@ -27,7 +26,6 @@ ROOT = Path(__file__).parent
 OLDEST_TORCH = (2, 11)
 ABI_DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", *ABI_DEFINES]
-NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *ABI_DEFINES]
 
 
 class Unavailable(Exception):
@@ -61,50 +59,17 @@ def find_compiler() -> None:
         raise Unavailable(f"no C++ compiler ({compiler.split()[0]} is not on the PATH)")
 
 
-def find_nvcc() -> str | None:
-    """nvcc on the PATH or under CUDA_HOME."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
-
-
-def architecture_flags() -> list[str]:
-    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST."""
-    flags = []
-    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").strip()):
-        number = entry.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def extensions() -> list[Extension]:
-    """What can be built here. CUDA code gets its own library: where it cannot load, the C++ kernels still do."""
-    if MODE == "0":
-        return []
+def extension() -> Extension:
+    """The library, without Python symbols: torch.ops.load_library loads it."""
     torch = find_torch()
     find_compiler()
-    found = [extension("_C", sorted(ROOT.glob("csrc/*.cpp")), torch, ["torch_cpu"])]
-    cuda_sources = sorted(ROOT.glob("csrc/*.cu"))
-    if cuda_sources and (nvcc := find_nvcc()):
-        cuda = extension("_C_cuda", cuda_sources, torch, ["torch_cpu", "cudart"])
-        toolkit = Path(nvcc).resolve().parent.parent
-        cuda.library_dirs += [str(folder) for folder in (toolkit / "lib64", toolkit / "lib") if folder.is_dir()]
-        found.append(cuda)
-    elif cuda_sources:
-        report("the CUDA kernels were left out: nvcc was not found")
-    return found
-
-
-def extension(name: str, sources: list[Path], torch: Path, libraries: list[str]) -> Extension:
-    """A library without Python symbols, loaded by torch.ops.load_library."""
     return Extension(
-        f"focuskernels.{name}",
-        [str(source.relative_to(ROOT)) for source in sources],
-        depends=[str(header.relative_to(ROOT)) for header in sorted(ROOT.glob("csrc/*.*h"))] + ["setup.py"],
+        "focuskernels._C",
+        [str(source.relative_to(ROOT)) for source in sorted(ROOT.glob("csrc/*.cpp"))],
+        depends=[str(header.relative_to(ROOT)) for header in sorted(ROOT.glob("csrc/*.h"))] + ["setup.py"],
         include_dirs=[str(torch / "include")],
         library_dirs=[str(torch / "lib")],
-        libraries=libraries,
+        libraries=["torch_cpu"],
         py_limited_api=True,
     )
 
@@ -140,15 +105,9 @@ class ParallelBuild(build_ext):
         )
 
     def _compile(self, ext: Extension, source: str) -> str:
-        if not source.endswith(".cu"):
-            # -isystem: the warnings that we ask for are about our code.
-            includes = [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
-            return self.compiler.compile([source], self.build_temp, extra_postargs=[*CXX_FLAGS, *includes])[0]
-        target = Path(self.build_temp, source).with_suffix(".cu.o")
-        self.mkpath(str(target.parent))
-        includes = [f"-I{folder}" for folder in ext.include_dirs]
-        self.spawn([find_nvcc(), "-c", source, "-o", str(target), *NVCC_FLAGS, *architecture_flags(), *includes])
-        return str(target)
+        # -isystem: the warnings that we ask for are about our code.
+        includes = [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
+        return self.compiler.compile([source], self.build_temp, extra_postargs=[*CXX_FLAGS, *includes])[0]
 
 
 def report(message: str) -> None:
@@ -157,9 +116,12 @@ def report(message: str) -> None:
     print(f"focuskernels: {message}", file=sys.stderr, flush=True)
 
 
-def extensions_or_none() -> list[Extension]:
+def extensions() -> list[Extension]:
+    """The library, if it may be built and can be here."""
+    if MODE == "0":
+        return []
     try:
-        return extensions()
+        return [extension()]
     except Unavailable as reason:
         if MODE == "1":
             sys.exit(f"focuskernels: FOCUSKERNELS_BUILD=1, but {reason}")
@@ -171,7 +133,7 @@ MODE = os.environ.get("FOCUSKERNELS_BUILD", "auto")
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"focuskernels: FOCUSKERNELS_BUILD must be auto, 0 or 1, not {MODE!r}")
 
-ext_modules = extensions_or_none()
+ext_modules = extensions()
 setup(
     ext_modules=ext_modules,
     cmdclass={"build_ext": ParallelBuild},

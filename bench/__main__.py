@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("ops", nargs="*", metavar="op", help="what to measure; default: everything (see --list)")
     result.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     result.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it works, not how fast")
-    result.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/<device>.json")
+    result.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/<device>-<its name>.json")
     result.add_argument("--resume", action="store_true", help="keep what FILE holds already and is not outdated")
     result.add_argument(
         "--without",

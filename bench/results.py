@@ -17,6 +17,8 @@ Row = dict[str, Any]
 
 #: What identifies a row within a machine; a newer one replaces an older one.
 KEY = ("op", "case", "mode", "provider")
+#: The provider of ours that stands for an op.
+OURS = "focuskernels"
 #: What must agree between two runs for their rows to stand in one table.
 MACHINE = ("device", "device_name", "threads", "heap", "size")
 
@@ -208,8 +210,8 @@ def best_peer(rows: list[Row]) -> Row | None:
 
 
 def our_row(rows: list[Row]) -> Row | None:
-    """The fastest of ours."""
-    return _fastest(row for row in rows if row["role"] == "ours")
+    """Ours as it is called without options; its variants stand among the others."""
+    return _fastest(row for row in rows if row["provider"] == OURS)
 
 
 def groups(rows: list[Row], key: Callable[[Row], Any] | None = None) -> dict[Any, list[Row]]:

@@ -1,10 +1,11 @@
-"""Writing files so that no truncated one is ever visible under its final name.
+"""Writing files so that no truncated one is ever visible under its final name; reading JSON.
 
 What is being written has a name of its own, `.tmp-<8 hex digits>-<final name>`, and is locked, so that what a killed
 process left of it is known by the missing lock and cleared by the next one that writes into the folder.
 """
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import FocusNetError
 
@@ -23,6 +25,24 @@ except ImportError:  # Windows: nothing is locked, nor cleared
 
 _NEW_SECONDS = 60.0  # far more than it takes to lock what was created
 _UNFINISHED = re.compile(r"\.(tmp|old)-[0-9a-f]{8}-(.+)")
+
+
+def load_json(path: Path) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        FocusNetError: it cannot be read or is no JSON, which NaN is not.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_json)
+    except OSError as error:
+        raise FocusNetError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FocusNetError(f"cannot read {path}: it is no JSON ({error})") from error
+
+
+def _no_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Lengths are mm and positions (x, y, z) LPS: x to the patient's left, y to poster
 
 import csv
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .data.organs import mirror_name
 from .data.plan import OrganPlan
 from .data.preprocess import reorient
 from .errors import FocusNetError
-from .files import atomic_write
+from .files import atomic_write, load_json
 from .inference import Segmentation
 
 STATISTICS = "statistics.json"
@@ -138,12 +137,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         FocusNetError: it cannot be read, or holds something else.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
-        raise FocusNetError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FocusNetError(f"cannot read {file}: it is no JSON") from error
+    content = load_json(file)
     if not isinstance(content, dict):
         raise FocusNetError(f"cannot read {file}: it is a list or a value, expected a table")
     return content
@@ -181,10 +175,6 @@ def _fits(column: str, value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _shape(labels: Volume, hu: np.ndarray, value: int, box: tuple[slice, slice, slice] | None) -> dict[str, Any]:

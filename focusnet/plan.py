@@ -11,6 +11,7 @@ from functools import cache
 from typing import get_args
 
 import torch
+from jsonargparse import ArgumentParser
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -97,8 +98,20 @@ def _largest_volume(peak: Callable[[Triple], int], limit: float, shape: Triple, 
     return None if start is None else largest_crop(peak, limit, start, strides)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command."""
+def _counts(config: Config, organs: int | None, small: int | None) -> tuple[int, int]:
+    """Number of organs and of small ones: as asked for, else as configured, else what is usual."""
+    if small is None and config.data.small_organs is not None:
+        small = len(config.data.small_organs)
+    if organs is None:
+        organs = max(ORGANS, small or 0) if config.data.organs is None else len(config.data.organs)
+    if small is None:
+        small = min(SMALL, organs)
+    if not 0 <= small <= organs or organs < 1:
+        raise FocusNetError(f"{organs} organs, {small} of them small: expected at least one, and no more small ones")
+    return organs, small
+
+
+def _parser() -> ArgumentParser:
     parser = command_parser(
         "plan",
         "--shape D H W",
@@ -118,19 +131,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--roi", type=int, nargs=3, default=list(ROI), help="ROI of every small organ, in voxels")
     add_config(parser)
-    arguments = parse(parser, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    arguments = parse(_parser(), argv)
     config = config_of(arguments)
     config.train.amp |= arguments.amp
     if arguments.device not in ("cpu", "cuda"):
         raise FocusNetError(f"--device {arguments.device}: expected cpu or cuda")
-    small = len(config.data.small_organs or []) or SMALL if arguments.small is None else arguments.small
-    organs = len(config.data.organs or []) or max(ORGANS, small) if arguments.organs is None else arguments.organs
+    organs, small = _counts(config, arguments.organs, arguments.small)
     shape, roi = tuple(arguments.shape), tuple(arguments.roi)
     least = tuple(2 * stride for stride in total_stride(config.model.downsampling))
     if any(side < minimum for side, minimum in zip(shape, least, strict=True)) or min(roi) < 2:
         raise FocusNetError(f"--shape {shape} --roi {roi}: expected at least {least} and at least 2 voxels")
-    if not 0 <= small <= organs or organs < 1:
-        raise FocusNetError(f"--organs {organs} --small {small}: expected at least one organ, and no more small ones")
     plan = assumed_plan(config, organs, small, roi)
     stages = stages_of(plan)
     out = console()

@@ -44,7 +44,7 @@ def test_image_keeps_values_and_oblique_geometry(tmp_path: Path, suffix: str) ->
     volume = read_image(write(tmp_path / f"ct{suffix}", ct()))
     assert volume.array.dtype == np.int16
     np.testing.assert_array_equal(volume.array, ct())
-    assert volume.grid.matches(GRID, 1e-4)
+    assert not volume.grid.difference(GRID, 1e-4)
     assert read_grid(tmp_path / f"ct{suffix}") == volume.grid
 
 
@@ -57,7 +57,7 @@ def test_labels_are_read_back_exactly(tmp_path: Path, suffix: str, top: int) -> 
     back = read_labels(tmp_path / "new" / f"labels{suffix}")
     np.testing.assert_array_equal(back.array, labels)
     assert back.array.dtype == (np.uint8 if top <= 255 else np.uint16)
-    assert back.grid.matches(GRID, 1e-4)
+    assert not back.grid.difference(GRID, 1e-4)
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"labels{suffix}"]
 
 
@@ -175,8 +175,8 @@ def test_a_4d_nifti_with_one_volume_is_3d(tmp_path: Path) -> None:
 
 def test_grids_match_within_the_tolerance_and_say_what_differs() -> None:
     near = Grid(GRID.shape, GRID.spacing, (-10.5004, 20.25, 300.0), GRID.direction)
-    assert GRID.matches(near)
-    assert not GRID.matches(near, 1e-4)
+    assert not GRID.difference(near)
+    assert GRID.difference(near, 1e-4)
     assert GRID.difference(Grid((6, 7, 9), GRID.spacing)) == "shape (6, 7, 8) against (6, 7, 9)"
     assert "direction" in GRID.difference(Grid(GRID.shape, GRID.spacing, GRID.origin))
     assert GRID.voxel_mm3 == pytest.approx(2.5 * 1.25 * 0.75)

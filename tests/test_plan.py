@@ -8,8 +8,9 @@ import torch
 from test_memory import steps
 
 from focusnet.checkpoint import load_checkpoint
+from focusnet.config import Config, DataConfig
 from focusnet.errors import FocusNetError
-from focusnet.plan import main
+from focusnet.plan import _counts, main
 from focusnet.stages import STAGES
 from focusnet.train import start_training
 from tests.tiny import tiny_config, write_data
@@ -22,10 +23,25 @@ def test_command(capsys) -> None:
     assert all(name in printed for name in [*STAGES, "predict", "160 x 512 x 512", "24 x 40 x 40"])
     with pytest.raises(FocusNetError, match=r"--shape \(1, 512, 512\)"):
         main(["--shape", "1", "512", "512"])
-    with pytest.raises(FocusNetError, match="--small 10"):
+    with pytest.raises(FocusNetError, match="9 organs, 10 of them small: expected"):
         main(["--shape", "8", "16", "16", "--organs", "9", "--small", "10"])
     with pytest.raises(FocusNetError, match="--device tpu"):
         main(["--shape", "8", "16", "16", "--device", "tpu"])
+
+
+@pytest.mark.parametrize(
+    ("data", "asked", "counts"),
+    [
+        ({}, (None, None), (9, 3)),
+        ({"small_organs": []}, (None, None), (9, 0)),
+        ({"organs": ["Brainstem", "Parotid_L"]}, (None, None), (2, 2)),
+        ({"organs": ["Brainstem", "Lens_L"], "small_organs": ["Lens_L"]}, (None, None), (2, 1)),
+        ({}, (2, None), (2, 2)),
+        ({}, (None, 12), (12, 12)),
+    ],
+)
+def test_numbers_of_organs(data: dict, asked: tuple, counts: tuple[int, int]) -> None:
+    assert _counts(Config(data=DataConfig(**data)), *asked) == counts
 
 
 def test_command_for_the_largest_volume(capsys, monkeypatch) -> None:

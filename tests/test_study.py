@@ -344,4 +344,6 @@ def test_atlas(study, tmp_path) -> None:
     out = study("table1", "--rows", "atlas", "--atlases", "2")
     found = read_labels(out / "seed_0" / "atlas" / "predictions_of_2" / "case_0" / "labels.nii.gz")
     write_case(tmp_path / "case_0", 0)
-    assert found.array.any() and found.grid.matches(read_labels(tmp_path / "case_0/structures/Brainstem.nrrd").grid)
+    assert found.array.any() and not found.grid.difference(
+        read_labels(tmp_path / "case_0/structures/Brainstem.nrrd").grid
+    )

@@ -9,7 +9,6 @@ Layouts (every `.nrrd` may also be `.nii.gz`, `.nii` or `.mha`; the image may be
 - HaN-Seg: `<case>/<case>_IMG_CT.nrrd`, `<case>/<case>_OAR_<Organ>.seg.nrrd`
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FocusNetError
+from ..files import load_json
 from .images import SUFFIXES, Grid, read_grid, read_labels
 from .organs import canonical_name
 
@@ -227,19 +227,10 @@ def _mask_case(name: str, image: Path | None, files: list[tuple[str, Path]]) -> 
 
 def _multilabel_case(name: str, image: Path | None, labels: Path, table: Path) -> Case:
     try:
-        values, unknown = _label_values(table, _read_json(table))
+        values, unknown = _label_values(table, load_json(table))
     except FocusNetError as error:
         return Case(name, image, multilabel=labels, problems=(str(error),))
     return Case(name, image, multilabel=labels, label_values=values, unknown=unknown)
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FocusNetError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FocusNetError(f"cannot read {path}: it is no JSON ({error})") from error
 
 
 def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str, ...]]:
@@ -264,7 +255,7 @@ def _label_values(path: Path, table: object) -> tuple[dict[int, str], tuple[str,
 
 def _nnunet_cases(root: Path) -> list[Case]:
     table = root / "dataset.json"
-    content = _read_json(table)
+    content = load_json(table)
     labels = {image_stem(path): path for path in image_files(root / "labelsTr")} if (root / "labelsTr").is_dir() else {}
     images = {}
     if (root / "imagesTr").is_dir():

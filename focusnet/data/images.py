@@ -50,12 +50,8 @@ class Grid:
         """Volume of a voxel in mm3."""
         return float(np.prod(self.spacing))
 
-    def matches(self, other: "Grid", tolerance: float = 1e-3) -> bool:
-        """Whether both have the same voxels, up to `tolerance` (mm, or direction cosine)."""
-        return not self.difference(other, tolerance)
-
     def difference(self, other: "Grid", tolerance: float = 1e-3) -> str:
-        """What differs between the grids, in words; empty if they match."""
+        """What differs by more than `tolerance` (mm, or direction cosine), in words; empty where nothing does."""
         if self.shape != other.shape:
             return f"shape {self.shape} against {other.shape}"
         for name in ("spacing", "origin", "direction"):

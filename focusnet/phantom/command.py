@@ -2,10 +2,12 @@
 
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import track
 
@@ -29,11 +31,10 @@ many are made. With --from-labels, HU are painted around real contours instead: 
 every intensity is synthetic."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command."""
+def _parser() -> ArgumentParser:
     sizes = ", ".join(f"{name} = {z:g} x {y:g} x {x:g}" for name, (z, y, x) in FIELDS_OF_VIEW.items())
     parser = command_parser(
-        "phantom", "OUT", DESCRIPTION, ["DATA --cases 20", "DATA --field_of_view head --organs [Lens_L,Lens_R]"]
+        "phantom", "OUT", DESCRIPTION, ["OUT --cases 20", "OUT --field_of_view head --organs [Lens_L,Lens_R]"]
     )
     option = parser.add_argument
     option("out", type=Path, help="folder for the data set")
@@ -58,14 +59,20 @@ def main(argv: list[str] | None = None) -> int:
         help="paint around this data set's contours instead",
     )
     option("--overwrite", action="store_true", help="write into OUT even if it holds something")
-    options = parse(parser, argv)
-    out, count, seed, labels = options.out, options.cases, options.seed, options.from_labels
+    return parser
+
+
+def _jobs(options: Namespace) -> list[tuple[str, Callable[[], Phantom]]]:
+    """Name and maker of every case.
+
+    Raises:
+        FocusNetError: an option out of range, or fewer contours than cases.
+    """
+    count, seed, labels = options.cases, options.seed, options.from_labels
     if seed < 0 or (count is not None and count < 1):
         raise FocusNetError(f"--cases {count} --seed {seed}: expected 1 case or more and a seed of 0 or more")
     if options.spacing is not None and not all(0 < length < math.inf for length in options.spacing):
         raise FocusNetError(f"--spacing {list(options.spacing)}: expected three lengths above 0 mm")
-    _check_out(out, options.overwrite)
-
     if labels is None:
         how = {
             "spacing": options.spacing or DEFAULT_SPACING,
@@ -75,18 +82,26 @@ def main(argv: list[str] | None = None) -> int:
         }
         check_options(**how)
         make = partial(make_phantom, **how)
-        jobs = [(f"phantom_{index:04d}", partial(make, index, seed)) for index in range(count or DEFAULT_CASES)]
-    else:
-        found = find_cases(labels)
-        if count is not None and count > len(found):
-            raise FocusNetError(f"--cases {count}: {labels} has {len(found)}")
-        jobs = [
-            (f"hybrid_{case.name}", partial(_hybrid, index, seed, case, options.spacing))
-            for index, case in enumerate(found[:count])
-        ]
+        return [(f"phantom_{index:04d}", partial(make, index, seed)) for index in range(count or DEFAULT_CASES)]
+    found = find_cases(labels)
+    if count is not None and count > len(found):
+        raise FocusNetError(f"--cases {count}: {labels} has {len(found)}")
+    return [
+        (f"hybrid_{case.name}", partial(_hybrid, index, seed, case, options.spacing))
+        for index, case in enumerate(found[:count])
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    options = parse(_parser(), argv)
+    out = options.out
+    _check_out(out, options.overwrite)
+    jobs = _jobs(options)
     for name, _ in jobs:
         _check_case(out / name)
-    for name, job in track(jobs, "phantoms" if labels is None else "hybrids", console=Console(file=sys.stderr)):
+    what = "phantoms" if options.from_labels is None else "hybrids"
+    for name, job in track(jobs, what, console=Console(file=sys.stderr)):
         try:
             write_case(out / name, *job())
         except FocusNetError as error:
