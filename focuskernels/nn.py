@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import focal_dice
-from ._arguments import as_list, integer, positive_scale, require_float, triple
+from ._arguments import as_list, cast_for_autocast, integer, positive_scale, require_float, triple
 from .dense_aspp3d import dense_aspp3d
 from .dilated_conv3d import dilated_conv3d
 from .focal_dice import Mode, focal_dice_loss
@@ -282,8 +282,9 @@ def _conv_of_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     y = norm(x)
     if torch.compiler.is_compiling():  # which decides itself what to compute again
         return conv(y)
-    with recomputing(y):
-        return conv(y)
+    cast: Tensor = cast_for_autocast(y)[0]  # type: ignore[assignment]
+    with recomputing(y, cast):
+        return conv(cast)
 
 
 class DenseASPP3d(nn.Module):

@@ -126,8 +126,10 @@ class _NormAct(torch.autograd.Function):
 
 
 @contextmanager
-def recomputing(y: Tensor) -> Iterator[None]:
-    """Whatever saves `y`, fresh from `norm_act`, for backward within this context saves the way to compute it instead.
+def recomputing(y: Tensor, cast: Tensor) -> Iterator[None]:
+    """Whatever saves `cast` for backward within this context saves the way to compute it instead.
+
+    `cast` is `y`, fresh from `norm_act`, or that in another dtype.
 
     That costs a pass in backward and keeps nothing but `x`, which the norm has saved anyway. Not for `torch.compile`.
     """
@@ -136,7 +138,7 @@ def recomputing(y: Tensor) -> Iterator[None]:
     if node is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         yield
         return
-    identity = _identity(y)
+    identity, dtype = _identity(cast), cast.dtype
 
     def pack(saved: Tensor) -> Any:
         return node if _identity(saved) == identity else saved
@@ -145,7 +147,7 @@ def recomputing(y: Tensor) -> Iterator[None]:
         if packed is not node:
             return packed
         x, table, _rstd = packed.saved_tensors
-        return channelwise.affine(x, table, None, *packed.options)
+        return channelwise.affine(x, table, None, *packed.options).to(dtype)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,17 @@ def test_se_res_block_is_the_papers(inputs: int, outputs: int) -> None:
     assert_same_module(module, PlainBlock(inputs, outputs, kernel, dilation), torch.randn(2, inputs, 3, 5, 4))
 
 
+def nodes_of(y: torch.Tensor) -> list[Any]:
+    """The nodes of the graph that y is computed by."""
+    found, waiting = [], [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.append(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return found
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_se_res_block_keeps_no_normalised_map(norm: str, autocast: bool) -> None:
@@ -122,6 +134,11 @@ def test_se_res_block_keeps_no_normalised_map(norm: str, autocast: bool) -> None
         y = block(x)
     assert len(stored) == len(norms)
     assert all(reference.expired() for reference in stored)
+    nodes = [node for node in nodes_of(y) if type(node).__name__ == "_DilatedConv3dBackward"]
+    assert len(nodes) == 3
+    for node in nodes:  # what is computed again lies elsewhere each time
+        first, second = node.saved_tensors[0], node.saved_tensors[0]
+        assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
     leaves = [x, *block.parameters()]
     actual = torch.autograd.grad(y.float().square().sum(), leaves)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
