@@ -16,6 +16,7 @@ from ..case import (
     Function,
     Inputs,
     Missing,
+    Mode,
     Op,
     Provider,
     compiled,
@@ -79,9 +80,7 @@ def cases(device: str, size: str) -> Sequence[Case]:
 
 
 def _case(boxes: Boxes, dtype: torch.dtype, layout: str) -> Case:
-    side, *others = dict.fromkeys(boxes.sides)
-    # ROIs of one size are one tensor, in which heat maps of their own have no place.
-    own = len(boxes.sides) if others else 0
+    side, own = boxes.sides[0], _own_heatmaps(boxes)
 
     def make(generator: torch.Generator) -> Inputs:
         inputs = {
@@ -122,18 +121,11 @@ def _case(boxes: Boxes, dtype: torch.dtype, layout: str) -> Case:
         return F.grid_sample(source, _grid(centers[k], boxes.sides[k], boxes.volume, source.dtype), align_corners=False)
 
     starts, slicing = boxes.starts(), one_by_one(sliced)
-    wanted = DECODER + ENCODER + bool(own)  # channels; the image asks for no gradient
-    voxels = sum(length**3 for length in boxes.sides)
-    output = (wanted + 1) * voxels * dtype.itemsize
-    dense = size_of(DECODER + ENCODER + own, *boxes.volume, dtype=dtype)
-    # every ROI voxel read (or every source, if that is less) and written
-    fwd = Cost(output + min(output, dense))
-    bwd = Cost(wanted * voxels * dtype.itemsize + dense)
     return Case(
-        name=f"{len(boxes.sides)} ROIs of {f'{min(boxes.sides)} to {max(boxes.sides)}' if others else side}, "
+        name=f"{len(boxes.sides)} ROIs of {f'{min(boxes.sides)} to {max(boxes.sides)}' if own else side}, "
         f"{'x'.join(map(str, boxes.volume))} {dtype_name(dtype)} {layout}",
         make=make,
-        cost=cost_by_mode(fwd, bwd),
+        cost=_cost(boxes, dtype),
         oracle=slicing,
         providers=[
             ours(run),
@@ -147,6 +139,21 @@ def _case(boxes: Boxes, dtype: torch.dtype, layout: str) -> Case:
         oracle_dtype=torch.float32,
         tolerance=1e-4 if dtype == torch.float32 else None,
     )
+
+
+def _own_heatmaps(boxes: Boxes) -> int:
+    """One per ROI; none where ROIs of one size are one tensor, in which they have no place."""
+    return len(boxes.sides) if len(set(boxes.sides)) > 1 else 0
+
+
+def _cost(boxes: Boxes, dtype: torch.dtype) -> dict[Mode, Cost]:
+    own = _own_heatmaps(boxes)
+    wanted = DECODER + ENCODER + bool(own)  # channels; the image asks for no gradient
+    voxels = sum(length**3 for length in boxes.sides)
+    output = (wanted + 1) * voxels * dtype.itemsize
+    dense = size_of(DECODER + ENCODER + own, *boxes.volume, dtype=dtype)
+    # every ROI voxel read (or every source, if that is less) and written
+    return cost_by_mode(Cost(output + min(output, dense)), Cost(wanted * voxels * dtype.itemsize + dense))
 
 
 def _needs_float32(function: Function, dtype: torch.dtype) -> Callable[[], Function]:
