@@ -82,9 +82,11 @@ def test_fuse_norm_act_keeps_batch_statistics() -> None:
 
 
 def test_fuse_norm_act_leaves_the_rest_alone() -> None:
+    conv, dropout = nn.Conv3d(2, 2, 1), nn.Dropout3d(0.5)
     kept = nn.Sequential(
-        nn.InstanceNorm3d(2), nn.Conv3d(2, 2, 1), nn.ReLU(),  # not neighbours
-        nn.InstanceNorm3d(2), nn.Dropout3d(0.5), nn.ReLU(),  # dropout between
+        nn.InstanceNorm3d(2), conv, nn.ReLU(),  # not neighbours
+        nn.InstanceNorm3d(2), dropout, nn.ReLU(),  # dropout between
+        nn.InstanceNorm3d(2), conv, nn.ReLU(), nn.InstanceNorm3d(2), dropout, nn.ReLU(),  # the same modules again
         nn.InstanceNorm3d(2), nn.PReLU(), nn.InstanceNorm3d(2, track_running_stats=True), nn.ReLU(),
         nn.BatchNorm3d(2, momentum=None), nn.ReLU(), nn.BatchNorm3d(2, track_running_stats=False), nn.ReLU(),
     )  # fmt: skip

@@ -28,7 +28,9 @@ def fuse_norm_act(network: Network) -> Network:
     fused = 0
     for module in network.modules():
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            steps = [(name, step) for name, step in module.named_children() if not _does_nothing(step)]
+            # named_children() would leave out a module that it met before
+            children = [(name, step) for name, step in module._modules.items() if step is not None]
+            steps = [(name, step) for name, step in children if not _does_nothing(step)]
             for (norm_name, norm), (activation_name, activation) in pairwise(steps):
                 if type(activation) in (nn.ReLU, nn.LeakyReLU) and (replacement := _fused(norm, activation)):
                     setattr(module, norm_name, replacement)
