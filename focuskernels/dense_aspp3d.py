@@ -254,8 +254,6 @@ def dense_aspp3d(x: Tensor, branches: Sequence[Sequence[Any]]) -> Tensor:
     sets = _check(x, norms, convs)
     # Autocast changes the weights alone: norms, and so the buffer, stay in the dtype of x.
     weights: list[Any] = [cast_for_autocast(conv.weight)[0] for conv in convs]
-    if any(weight.dtype != x.dtype for weight in weights) and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x is {x.dtype}, the weights are {weights[0].dtype}")
     parameters = [t for norm, weight in zip(norms, weights) for t in (norm.weight, norm.bias, weight)]
     takes = norms[0].norm != "batch" or norms[0].training
     given = [] if takes else [t for norm in norms for t in (norm.running_mean, norm.running_var)]
@@ -274,9 +272,10 @@ def dense_aspp3d(x: Tensor, branches: Sequence[Sequence[Any]]) -> Tensor:
 
 def _check(x: Tensor, norms: Sequence[Any], convs: Sequence[Any]) -> Sets:
     norm = norms[0]
-    for conv in convs:
-        if conv.weight.device != x.device:
-            raise TypeError(f"x is on {x.device}, a weight on {conv.weight.device}")
+    for i, conv in enumerate(convs):
+        _check_weight(x, conv.weight, f"branches.{i // 2}.{i % 2 * 2 + 1}.weight")
+    for i, other in enumerate(norms):
+        _check_alike(other, norm, f"branches.{i // 2}.{i % 2 * 2}")
     running = (norm.running_mean, norm.running_var)
     group = norm.options()["process_group"]
     sets = check_norm(x, norm.weight, norm.bias, norm.norm, norm.num_groups, *running, norm.training, group)
@@ -285,6 +284,22 @@ def _check(x: Tensor, norms: Sequence[Any], convs: Sequence[Any]) -> Sets:
         like = x[:, :1].expand(-1, len(other.weight), -1, -1, -1)
         check_norm(like, other.weight, other.bias, other.norm, other.num_groups, None, None, other.training)
     return sets
+
+
+def _check_weight(x: Tensor, weight: Tensor, name: str) -> None:
+    casts = torch.is_autocast_enabled(x.device.type)
+    if weight.device != x.device or (weight.dtype != x.dtype and not casts):
+        raise TypeError(f"x is {x.dtype} on {x.device}, {name} is {weight.dtype} on {weight.device}")
+
+
+def _check_alike(norm: Any, first: Any, name: str) -> None:
+    """Refuse a norm that works in another way than the first one, whose way all take."""
+    ours, its = norm.weight, first.weight
+    if ours.dtype != its.dtype or ours.device != its.device:
+        raise TypeError(f"{name} is {ours.dtype} on {ours.device}, branches.0.0 is {its.dtype} on {its.device}")
+    if norm.norm == "batch" and (norm.training, norm.sync) != (first.training, first.sync):
+        way, expected = (f"training={each.training} and sync={each.sync}" for each in (norm, first))
+        raise ValueError(f"{name} has {way}, branches.0.0 has {expected}")
 
 
 class DenseASPP(torch.autograd.Function):

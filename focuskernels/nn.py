@@ -306,7 +306,8 @@ class DenseASPP3d(nn.Module):
         out_channels: in_channels + growth * len(dilations).
 
     Raises:
-        TypeError, ValueError: as its parts, and for a map of another number of channels.
+        TypeError, ValueError: as its parts, and for a map of another number of channels, or norms that differ in mode,
+            `sync`, dtype or device.
     """
 
     def __init__(

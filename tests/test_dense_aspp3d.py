@@ -1,6 +1,7 @@
 """DenseASPP3d against the chain of its layers: values, gradients, state, what is kept, what is traced."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from focuskernels import dense_aspp3d
 from focuskernels._lib import layout_of
-from focuskernels.nn import DenseASPP3d, NormAct3d
+from focuskernels.nn import DenseASPP3d, NormAct3d, convert_sync_norm
 from focuskernels.reference.nn import PlainDenseASPP
 
 DILATIONS = ((1, 2, 3), (2, 1, 40), 3)
@@ -120,6 +121,25 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=match):
             module(x)
+
+
+def test_layers_that_differ_are_refused() -> None:
+    x = torch.randn(1, 4, 2, 3, 4)
+    cases: list[tuple[type[Exception], str, Callable[[Any], Any]]] = [
+        (ValueError, "branches.1.0 has training=False .*0.0 has training=True", lambda b: b[1][0].eval()),
+        (ValueError, "branches.0.2 has .*sync=True, .*0.0 has .*sync=False", lambda b: convert_sync_norm(b[0][2])),
+        (TypeError, "branches.1.2 is torch.float64 on cpu, branches.0.0 is torch.float32", lambda b: b[1][2].double()),
+        (TypeError, "x is torch.float32 .* branches.1.3.weight is torch.float64", lambda b: b[1][3].double()),
+        (TypeError, "x is torch.float32 on cpu, branches.0.1.weight is .* on meta", lambda b: b[0][1].to("meta")),
+    ]
+    for error, match, change in cases:
+        module = DenseASPP3d(4, 4, 4, [1, 2])
+        change(module.branches)
+        with pytest.raises(error, match=match):
+            module(x)
+    frozen = DenseASPP3d(4, 4, 4, [1, 2], norm="instance")
+    frozen.branches[1][0].eval()  # changes nothing in such a norm
+    torch.testing.assert_close(frozen(x), frozen.train()(x))
 
 
 def test_one_value_in_a_group_of_the_bottleneck_is_refused() -> None:
