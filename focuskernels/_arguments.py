@@ -50,11 +50,21 @@ def _index(value: Any) -> Any:
 
 
 def require_number(value: float, name: str, least: float | None = None) -> None:
-    """Refuse what is no number; with `least` also one that is not finite or below it."""
-    if not isinstance(value, Real | Tensor):
+    """Refuse what is no number, and where the value is readable one that is not finite or below `least`."""
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if least is not None and not least <= value < float("inf"):
-        raise ValueError(f"{name} must be finite and at least {least}, got {value}")
+    if isinstance(value, Tensor) and not values_are_readable(value):
+        return
+    if not abs(value) < float("inf") or (least is not None and value < least):
+        bound = "" if least is None else f" and at least {least}"
+        raise ValueError(f"{name} must be finite{bound}, got {value}")
+
+
+def _is_number(value: Any) -> bool:
+    """A real one, also as a tensor without dimensions, unless that requires a gradient: it would get none."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex() and not value.requires_grad
+    return isinstance(value, Real)
 
 
 def as_list(values: Iterable[Any], name: str, content: str) -> list[Any]:

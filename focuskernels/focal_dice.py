@@ -67,7 +67,7 @@ def focal_dice_loss(
         gamma: focusing exponent >= 0; 0 gives cross-entropy.
         alpha: (C,) focal weights >= 0 of the true class, about 1 / organ size. For "sigmoid" it weighs the voxels
             inside a channel's organ; those outside weigh 1.
-        focal_weight, dice_weight: weights of the two parts.
+        focal_weight, dice_weight: finite weights of the two parts; they get no gradient.
         ignore_index: voxels (for "sigmoid": voxels of a channel) with this target value count nowhere.
         class_mask: (N, C) bool. A False class was not annotated in that sample: it leaves the softmax (probability 0,
             zero gradient), its dice term and the voxels labelled with it are dropped. For "sigmoid" its channel is.

@@ -505,6 +505,14 @@ def test_module_is_the_function() -> None:
         (ValueError, "gamma", lambda x, t: (x, t, {"gamma": float("nan")})),
         (TypeError, "gamma must be a number, got '2'", lambda x, t: (x, t, {"gamma": "2"})),
         (TypeError, "focal_weight must be a number, got '1'", lambda x, t: (x, t, {"focal_weight": "1"})),
+        *(
+            (TypeError, f"{name} must be a number, got tensor", lambda x, t, o={name: value}: (x, t, o))
+            for name in ("gamma", "smooth", "focal_weight", "dice_weight")
+            for value in (torch.ones(3), torch.ones(1), torch.tensor(1.0, requires_grad=True), torch.tensor(1j))
+        ),
+        (ValueError, "focal_weight must be finite, got nan", lambda x, t: (x, t, {"focal_weight": float("nan")})),
+        (ValueError, "dice_weight must be finite, got -inf", lambda x, t: (x, t, {"dice_weight": float("-inf")})),
+        (ValueError, "gamma must be finite and at least 0", lambda x, t: (x, t, {"gamma": torch.tensor(-1.0)})),
         (TypeError, "ignore_index must be an integer, got 1.5", lambda x, t: (x, t, {"ignore_index": 1.5})),
         (ValueError, "smooth", lambda x, t: (x, t, {"smooth": -1.0})),
         (ValueError, "tanh", lambda x, t: (x, t, {"activation": "tanh"})),
@@ -525,6 +533,23 @@ def test_bad_input(error: type[Exception], match: str, change: Callable[..., Any
     logits, target, options = change(*case(dtype=torch.float32))
     with pytest.raises(error, match=match):
         focal_dice_loss(logits, target, **options)
+
+
+def test_numbers_may_be_tensors_without_dimensions() -> None:
+    logits, target = case(dtype=torch.float32)
+    options = {"gamma": 1.5, "smooth": 0.1, "focal_weight": 0.5, "dice_weight": 2.0}
+    tensors = {name: torch.tensor(value) for name, value in options.items()}
+    torch.testing.assert_close(focal_dice_loss(logits, target, **tensors), focal_dice_loss(logits, target, **options))
+
+
+def test_compiled_code_takes_weights_as_tensors() -> None:
+    logits, target = case(dtype=torch.float32)
+    compiled = torch.compile(
+        lambda weight: focal_dice_loss(logits, target, focal_weight=weight), fullgraph=True, backend="eager"
+    )
+    for value in (0.5, 2.0):
+        expected = focal_dice_loss(logits, target, focal_weight=value)
+        torch.testing.assert_close(compiled(torch.tensor(value)), expected)
 
 
 @pytest.mark.parametrize(
