@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ def triple(value: int | Sequence[int], name: str) -> Triple:
 
 def positive_scale(value: float | Sequence[float], name: str) -> tuple[float, float, float]:
     """Three positive numbers (z, y, x) from one number or three."""
-    values = list(value) if isinstance(value, Iterable) else [value] * 3
-    if not all(isinstance(v, Real | Tensor) for v in values):
+    values: list[Any] = list(value) if _is_iterable(value) else [value] * 3
+    if not all(_is_number(v) for v in values):
         raise TypeError(f"{name} must be one or three positive numbers, got {value!r}")
     if len(values) != 3 or not all(0 < v < float("inf") for v in values):
         raise ValueError(f"{name} must be one or three positive numbers, got {value!r}")
@@ -47,6 +47,12 @@ def _index(value: Any) -> Any:
     if isinstance(value, bool):
         raise TypeError
     return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+
+
+def require_bool(value: bool, name: str) -> None:
+    """Refuse what is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def require_number(value: float, name: str, least: float | None = None) -> None:
@@ -69,9 +75,14 @@ def _is_number(value: Any) -> bool:
 
 def as_list(values: Iterable[Any], name: str, content: str) -> list[Any]:
     """The elements of what holds `content`."""
-    if not isinstance(values, Iterable) or isinstance(values, str):
+    if not _is_iterable(values) or isinstance(values, str):
         raise TypeError(f"{name} must hold {content}, got {values!r}")
     return list(values)
+
+
+def _is_iterable(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Not tensors and arrays without dimensions, which are `Iterable` but refuse to be iterated over."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
 
 
 def require_float(tensor: Tensor, name: str, dim: int = 5) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import focal_dice
-from ._arguments import as_list, cast_for_autocast, integer, positive_scale, require_float, triple
+from ._arguments import as_list, cast_for_autocast, integer, positive_scale, require_bool, require_float, triple
 from .dense_aspp3d import dense_aspp3d
 from .dilated_conv3d import dilated_conv3d
 from .focal_dice import Mode, focal_dice_loss
@@ -365,6 +365,7 @@ class ROIAlign3d(nn.Module):
         super().__init__()
         self.output_size = triple(output_size, "output_size")
         positive_scale(spatial_scale, "spatial_scale")
+        require_bool(aligned, "aligned")
         check_box_order(box_order)
         self.spatial_scale = spatial_scale
         self.sampling_ratio = integer(sampling_ratio, "sampling_ratio")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import require_float, values_are_readable
+from ._arguments import as_list, integer, require_float, require_number, values_are_readable
 from ._lib import COPIES_FROM_HOST, MOST_PROGRAMS, MOST_VOXELS, csrc_kernel, define, triton_kernel
 from .reference import paste_rois3d as reference
 from .roi_gather3d import check_centers
@@ -43,7 +43,7 @@ def paste_rois_3d(
             CPU outside `torch.compile`, centres that are no whole numbers or samples out of range. Where values are
             not looked at, a sample out of range pastes nothing and fractions are truncated.
     """
-    logits = list(logits)
+    logits = as_list(logits, "logits", "tensors")
     _check(labels, logits, threshold)
     check_centers(centers, labels.shape[0], labels.device)
     if len(centers) != len(logits):
@@ -72,15 +72,18 @@ def _check(labels: Tensor, logits: Sequence[Tensor], threshold: float) -> None:
         require_float(roi, f"logits[{k}]", dim=3)
         if roi.device != labels.device:
             raise TypeError(f"logits[{k}] lies on {roi.device}, labels on {labels.device}")
+    require_number(threshold, "threshold")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a probability, got {threshold}")
 
 
 def _class_values(classes: Sequence[int] | Tensor, count: int, labels: Tensor) -> Tensor:
-    values = torch.as_tensor(classes, device=labels.device)
-    if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
-        raise TypeError(f"classes must be integers, got {values.dtype}")
-    values = values.to(torch.int64)
+    if not isinstance(classes, Tensor):
+        numbers = [integer(label, f"classes[{k}]") for k, label in enumerate(as_list(classes, "classes", "integers"))]
+        classes = torch.tensor(numbers, dtype=torch.int64)
+    if classes.numel() and (classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool):
+        raise TypeError(f"classes must be integers, got {classes.dtype}")
+    values = classes.to(labels.device, torch.int64)
     if values.shape != (count,):
         raise ValueError(f"{count} logits need as many classes, got shape {tuple(values.shape)}")
     if values_are_readable(values) and bool(((values < 0) | (values > 255)).any()):

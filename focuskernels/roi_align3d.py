@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import as_list, integer, positive_scale, require_float, triple, values_are_readable
+from ._arguments import as_list, integer, positive_scale, require_bool, require_float, triple, values_are_readable
 from ._lib import (
     DTYPES,
     MOST_PROGRAMS,
@@ -68,6 +68,7 @@ def roi_align_3d(
     out = triple(output_size, "output_size")
     scale = list(positive_scale(spatial_scale, "spatial_scale"))
     sampling_ratio = integer(sampling_ratio, "sampling_ratio")
+    require_bool(aligned, "aligned")
     check_box_order(box_order)
     boxes = _ordered(_rows(rois, input), box_order)
     _check_values(boxes, input.shape[0])

@@ -286,6 +286,7 @@ def test_bad_arguments() -> None:
         (ValueError, "growth must be positive, got 0", lambda: DenseASPP3d(4, 0)),
         (ValueError, "spatial_scale must be one or three", lambda: ROIAlign3d(2, -1.0)),
         (TypeError, "sampling_ratio must be an integer", lambda: ROIAlign3d(2, sampling_ratio=0.5)),
+        (TypeError, "aligned must be a bool, got 'no'", lambda: ROIAlign3d(2, aligned="no")),
         (ValueError, "box_order must name each", lambda: ROIAlign3d(2, box_order="xyxy")),
         (ValueError, r"spatial_scales\[1\] must be one or three", lambda: ROIGather3d(2, spatial_scales=[1, 0])),
         (ValueError, "roi_size must be positive", lambda: ROIGather3d(0)),

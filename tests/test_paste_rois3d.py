@@ -141,7 +141,11 @@ def test_bad_input() -> None:
     for error, match, arguments in [
         (TypeError, "labels must be a uint8 tensor, got torch.int64", (labels.long(), [roi], centers, [1])),
         (TypeError, r"logits\[0\] must be floating point, got torch.int64", (labels, [roi.long()], centers, [1])),
-        (TypeError, "classes must be integers, got torch.float32", (labels, [roi], centers, [1.5])),
+        (TypeError, "logits must hold tensors, got None", (labels, None, centers, [1])),
+        (TypeError, "classes must be integers, got torch.float32", (labels, [roi], centers, torch.ones(1))),
+        (TypeError, "classes must hold integers, got None", (labels, [roi], centers, None)),
+        (TypeError, r"classes\[0\] must be an integer, got 1.5", (labels, [roi], centers, [1.5])),
+        (TypeError, r"classes\[1\] must be an integer, got 'a'", (labels, [roi], centers, [1, "a"])),
         (TypeError, "centers must be a tensor", (labels, [roi], [[0, 1, 1, 1]], [1])),
         (ValueError, r"labels must be \(N, D, H, W\), got \(3, 4, 5\)", (labels[0], [roi], centers, [1])),
         (
@@ -157,6 +161,10 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=match):
             paste_rois_3d(*arguments)  # type: ignore[arg-type]
-    for threshold in (1.5, math.nan):
-        with pytest.raises(ValueError, match="threshold must be a probability"):
-            paste_rois_3d(labels, [roi], centers, [1], threshold=threshold)
+    for error, match, threshold in [
+        (ValueError, "threshold must be a probability, got 1.5", 1.5),
+        (ValueError, "threshold must be finite, got nan", math.nan),
+        (TypeError, "threshold must be a number, got 'a'", "a"),
+    ]:
+        with pytest.raises(error, match=match):
+            paste_rois_3d(labels, [roi], centers, [1], threshold=threshold)  # type: ignore[arg-type]

@@ -260,8 +260,15 @@ def test_compile_and_fake_tensors() -> None:
     assert_traceable(lambda v, r: roi_align_3d(v, r, (2, 3, 2), 0.8, box_order="xyzxyz"), volume, rois)
 
 
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), [torch.tensor(0.5)] * 3, torch.tensor([0.5, 0.5, 0.5])])
+def test_scales_may_be_tensors(scale: Any) -> None:
+    volume, rois = torch.randn(1, 2, 4, 5, 6), torch.tensor([[0, 1, 2, 3, 4, 6, 8.0]])
+    assert torch.equal(roi_align_3d(volume, rois, 2, scale), roi_align_3d(volume, rois, 2, 0.5))
+
+
 def test_bad_input() -> None:
     x, rois = torch.zeros(2, 1, 4, 5, 6), torch.tensor([[0, 0, 0, 0, 2, 2, 2.0]])
+    learnt: Any = torch.tensor(0.5, requires_grad=True)
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (TypeError, "input must be floating point", lambda: roi_align_3d(x.long(), rois, 2)),
         (TypeError, "integer or floating point, got torch.bool", lambda: roi_align_3d(x, rois.bool(), 2)),
@@ -270,6 +277,8 @@ def test_bad_input() -> None:
         (TypeError, "output_size must be an integer or three", lambda: roi_align_3d(x, rois, (2, 2))),
         (TypeError, "rois must hold one tensor of boxes per sample.* got None", lambda: roi_align_3d(x, None, 2)),  # type: ignore
         (TypeError, "spatial_scale must be one or three", lambda: roi_align_3d(x, rois, 2, None)),  # type: ignore
+        (TypeError, "spatial_scale must be one or three", lambda: roi_align_3d(x, rois, 2, learnt)),
+        (TypeError, "aligned must be a bool, got 'no'", lambda: roi_align_3d(x, rois, 2, aligned="no")),  # type: ignore
         (TypeError, "box_order must be a string", lambda: roi_align_3d(x, rois, 2, box_order=None)),  # type: ignore
         (ValueError, "input must have 5 dimensions", lambda: roi_align_3d(x[0], rois, 2)),
         (ValueError, "input has no voxels", lambda: roi_align_3d(x[:, :, :0], rois, 2)),

@@ -112,7 +112,7 @@ def test_channels_of_the_sources_follow_each_other() -> None:
     both = roi_gather_3d([full, half], centers, 4, spatial_scales=[1, 0.5])
     assert both.shape == (2, 5, 4, 4, 4)
     assert torch.equal(both[:, :2], roi_gather_3d([full], centers, 4))
-    assert torch.equal(both[:, 2:], roi_gather_3d([half], centers, 4, spatial_scales=[0.5]))
+    assert torch.equal(both[:, 2:], roi_gather_3d([half], centers, 4, spatial_scales=[torch.tensor(0.5)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -341,6 +341,7 @@ def test_bad_input() -> None:
             roi_gather_3d(*arguments)  # type: ignore[call-overload]
     for error, match, keywords in [
         (TypeError, "one scale per source, got 1.0", {"spatial_scales": 1.0}),
+        (TypeError, r"one scale per source, got tensor\(1.\)", {"spatial_scales": torch.tensor(1.0)}),
         (TypeError, r"spatial_scales\[0\] must be one or three positive numbers, got None", {"spatial_scales": [None]}),
         (ValueError, "2 entries for 1 sources", {"spatial_scales": [1, 1]}),
         (ValueError, r"spatial_scales\[0\] must be one or three positive", {"spatial_scales": [0]}),
