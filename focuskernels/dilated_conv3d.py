@@ -31,7 +31,7 @@ def dilated_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilati
 
     Raises:
         TypeError: wrong types, dtypes or devices.
-        ValueError: shapes that do not fit, no voxels, an even kernel size, a dilation below 1.
+        ValueError: shapes that do not fit, no voxels or channels, an even kernel size, a dilation below 1.
     """
     dilation = triple(dilation, "dilation")
     _check_shapes(x, weight, bias)
@@ -71,6 +71,8 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"weight takes {weight.shape[1]} channels, x has {x.shape[1]}: {tuple(weight.shape)}, {tuple(x.shape)}"
         )
+    if 0 in weight.shape[:2]:
+        raise ValueError(f"weight has no channels: {tuple(weight.shape)}")
     if any(size % 2 == 0 for size in weight.shape[2:]):
         raise ValueError(f"kernel sizes must be odd, got weight of shape {tuple(weight.shape)}")
     if bias is not None:

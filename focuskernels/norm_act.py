@@ -222,6 +222,8 @@ def check_norm(
     """What shares statistics; refuses tensors that do not fit."""
     _check_tensors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _check_running(norm, running_mean, running_var, training)
+    if norm == "group" and x.shape[1] == 0:
+        raise ValueError(f"x has no channels to group: {tuple(x.shape)}")
     groups = group_count(x.shape[1], num_groups)
     if process_group is not None and training:
         return _across_processes(x, groups, process_group)

@@ -42,7 +42,8 @@ def up_cat_conv3d(x: Tensor, skip: Tensor, layers: "Sequence[tuple[NormAct3d, Di
 
     Raises:
         TypeError: dtypes or devices that differ.
-        ValueError: shapes that do not fit; a group norm, whose groups may span both inputs; a bias.
+        ValueError: shapes that do not fit; no channels or voxels; a group norm, whose groups may span both inputs; a
+            bias.
     """
     for norm, _ in layers:
         check_inputs(x, skip, norm.channels)
@@ -56,9 +57,11 @@ def up_cat_conv3d(x: Tensor, skip: Tensor, layers: "Sequence[tuple[NormAct3d, Di
 
 
 def check_inputs(x: Tensor, skip: Tensor, channels: int) -> None:
-    """Refuse two maps of different batch sizes, or of another number of channels together."""
-    require_float(x, "x")
-    require_float(skip, "skip")
+    """Refuse an empty map, and two of different batch sizes or of another number of channels together."""
+    for name, tensor in {"x": x, "skip": skip}.items():
+        require_float(tensor, name)
+        if 0 in tensor.shape[1:]:
+            raise ValueError(f"{name} has no channels or voxels: {tuple(tensor.shape)}")
     if x.shape[0] != skip.shape[0] or x.shape[1] + skip.shape[1] != channels:
         wanted = f"one batch size and, together, {channels} channels"
         raise ValueError(f"x is {tuple(x.shape)} and skip {tuple(skip.shape)}, expected {wanted}")

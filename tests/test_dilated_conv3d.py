@@ -150,6 +150,8 @@ def test_bad_input() -> None:
         (ValueError, r"odd, got weight of shape \(2, 3, 3, 2, 3\)", (x, weight[:, :, :, :2])),
         (ValueError, r"bias must be \(2,\), got \(3,\)", (x, weight, torch.zeros(3))),
         (ValueError, r"no voxels: \(1, 3, 0, 5, 6\)", (x[:, :, :0], weight)),
+        (ValueError, r"weight has no channels: \(2, 0, 3, 3, 3\)", (x[:, :0], weight[:, :0])),
+        (ValueError, r"weight has no channels: \(0, 3, 3, 3, 3\)", (x, weight[:0])),
     ]:
         with pytest.raises(error, match=match):
             dilated_conv3d(*arguments)  # type: ignore[arg-type]

@@ -214,6 +214,7 @@ def test_bad_input() -> None:
             {"norm": "group", "running_mean": one, "running_var": one},
         ),
         (ValueError, "without training needs running_mean", (x, one, one), {"training": False}),
+        (ValueError, r"no channels to group: \(2, 0, 3, 3, 3\)", (x[:, :0], None, None), {"norm": "group"}),
         (ValueError, r"x has no voxels to take statistics from: \(2, 6, 0, 3, 3\)", (x[:, :, :0], one, one), {}),
         (ValueError, r"one value only .* \(1, 6, 1, 1, 1\)", (x[:1, :, :1, :1, :1], one, one), {}),
         (ValueError, r"one value only .* \(2, 6, 1, 1, 1\)", (x[:, :, :1, :1, :1], one, one), {"norm": "instance"}),

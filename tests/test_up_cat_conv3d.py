@@ -136,9 +136,15 @@ def test_bad_input() -> None:
         up_cat_conv3d.up_cat_conv3d(x[:, :3], skip, [pair])
     for norm in ("batch", "group"):
         block, _ = blocks(norm, torch.float32)
-        for other, match in ((x[:1], "one batch size"), (x[:, :3], "11 channels")):
+        for low, high, match in [
+            (x[:1], skip, "one batch size"),
+            (x[:, :3], skip, "11 channels"),
+            (torch.zeros(2, LOW + SKIP, 3, 4, 3), skip[:, :0], r"skip has no channels or voxels: \(2, 0, 5, 8, 7\)"),
+            (x[:, :0], skip, "x has no channels or voxels"),
+            (x, skip[:, :, :0], "skip has no channels or voxels"),
+        ]:
             with pytest.raises(ValueError, match=match):
-                block(other, skip)
+                block(low, high)
     block, _ = blocks("batch", torch.float32)
     y = block(x.requires_grad_(), skip)
     with pytest.raises(RuntimeError, match="second derivative"):
