@@ -111,12 +111,13 @@ class NormAct3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> (N, C, D, H, W)."""
-        self.count_batch()
         statistics: dict[str, Any] = {"running_mean": self.running_mean, "running_var": self.running_var}
-        return norm_act(x, self.weight, self.bias, **statistics, **self.options())
+        y = norm_act(x, self.weight, self.bias, **statistics, **self.options())
+        self.count_batch()
+        return y
 
     def count_batch(self) -> None:
-        """What every forward pass of a batch norm does in training."""
+        """What every forward pass of a batch norm does in training, once its input is accepted."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 
@@ -262,7 +263,7 @@ class UpSEResBlock3d(SEResBlock3d):
     it nor its norm is ever there (`up_cat_conv3d`). Group norm and `torch.compile` take the ordinary way.
 
     Raises:
-        TypeError, ValueError: as `SEResBlock3d`, and for maps of two batch sizes.
+        TypeError, ValueError: as `SEResBlock3d`, and for maps that are empty or of two batch sizes, dtypes or devices.
     """
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
@@ -272,9 +273,9 @@ class UpSEResBlock3d(SEResBlock3d):
             x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
             return super().forward(torch.cat([x, skip], dim=1))
         layers: list[Any] = [(self.norm1, self.conv1), tuple(self.shortcut.children())]
+        h, residual = up_cat_conv3d(x, skip, layers)
         for norm, _ in layers:
             norm.count_batch()
-        h, residual = up_cat_conv3d(x, skip, layers)
         return self.se(_conv_of_norm(self.conv2, self.norm2, h), residual)
 
 

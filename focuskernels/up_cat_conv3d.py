@@ -45,11 +45,8 @@ def up_cat_conv3d(x: Tensor, skip: Tensor, layers: "Sequence[tuple[NormAct3d, Di
         ValueError: shapes that do not fit; no channels or voxels; a group norm, whose groups may span both inputs; a
             bias.
     """
-    for norm, _ in layers:
-        check_inputs(x, skip, norm.channels)
-    if x.dtype != skip.dtype or x.device != skip.device:
-        raise TypeError(f"x is {x.dtype} on {x.device}, skip is {skip.dtype} on {skip.device}")
     for norm, conv in layers:
+        check_inputs(x, skip, norm.channels)
         if norm.norm == "group" or conv.bias is not None:
             raise ValueError(f"expected batch or instance norm and no bias, got {norm} and {conv}")
     parameters = [p for norm, conv in layers for p in (norm.weight, norm.bias, conv.weight)]
@@ -57,11 +54,13 @@ def up_cat_conv3d(x: Tensor, skip: Tensor, layers: "Sequence[tuple[NormAct3d, Di
 
 
 def check_inputs(x: Tensor, skip: Tensor, channels: int) -> None:
-    """Refuse an empty map, and two of different batch sizes or of another number of channels together."""
+    """Refuse an empty map, and two of different dtypes, devices or batch sizes, or not of so many channels together."""
     for name, tensor in {"x": x, "skip": skip}.items():
         require_float(tensor, name)
         if 0 in tensor.shape[1:]:
             raise ValueError(f"{name} has no channels or voxels: {tuple(tensor.shape)}")
+    if x.dtype != skip.dtype or x.device != skip.device:
+        raise TypeError(f"x is {x.dtype} on {x.device}, skip is {skip.dtype} on {skip.device}")
     if x.shape[0] != skip.shape[0] or x.shape[1] + skip.shape[1] != channels:
         wanted = f"one batch size and, together, {channels} channels"
         raise ValueError(f"x is {tuple(x.shape)} and skip {tuple(skip.shape)}, expected {wanted}")

@@ -183,6 +183,13 @@ def test_norm_act_is_batch_norm_with_relu() -> None:
     assert int(NormAct3d(4).num_batches_tracked) == 0
 
 
+def test_a_map_that_a_norm_refuses_is_not_counted() -> None:
+    norm = NormAct3d(4)
+    with pytest.raises(TypeError, match="x is torch.float64"):
+        norm(torch.randn(2, 4, 3, 4, 5).double())
+    assert int(norm.num_batches_tracked) == 0
+
+
 @pytest.mark.parametrize("norm", ["instance", "group"])
 def test_other_norms_hold_weight_and_bias_and_ignore_the_mode(norm: str) -> None:
     module, x = NormAct3d(12, norm, activation=None), torch.randn(2, 12, 3, 4, 5)

@@ -82,6 +82,15 @@ def test_weights_and_statistics_are_those_of_the_plain_block() -> None:
     assert int(block.norm1.num_batches_tracked) == 1
 
 
+@pytest.mark.parametrize("skip_dtype", [torch.float32, torch.float64])
+def test_a_map_that_is_refused_is_not_counted(skip_dtype: torch.dtype) -> None:
+    block, _ = blocks("batch", torch.float32)
+    x, skip = maps(torch.float64, True)
+    with pytest.raises(TypeError, match="x is torch.float64"):
+        block(x, skip.to(skip_dtype))
+    assert not any(norm.num_batches_tracked for norm in (block.norm1, block.norm2, block.shortcut[0]))
+
+
 def test_keeps_nothing_wide() -> None:
     """Of the layers that read the wide map: the inputs, parameters and outputs alone."""
     block, _ = blocks("batch", torch.float32)
@@ -145,6 +154,8 @@ def test_bad_input() -> None:
         ]:
             with pytest.raises(ValueError, match=match):
                 block(low, high)
+        with pytest.raises(TypeError, match="x is torch.float64 on cpu, skip is torch.float32 on cpu"):
+            block(x.double(), skip)
     block, _ = blocks("batch", torch.float32)
     y = block(x.requires_grad_(), skip)
     with pytest.raises(RuntimeError, match="second derivative"):
