@@ -162,14 +162,15 @@ def test_nnunet(ignore_label: int | None, do_bg: bool, batch_dice: bool) -> None
             assert_same(mine, theirs, logits, target)
 
 
-def test_nnunet_by_formula() -> None:
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.1, 2.0, 1.0, 0.5])])
+def test_nnunet_by_formula(weight: Tensor | None) -> None:
     logits, target = case()
-    loss = nnunet.DC_and_CE_loss({"smooth": 1e-5, "do_bg": False}, {})
+    loss = nnunet.DC_and_CE_loss({"smooth": 1e-5, "do_bg": False}, {"weight": weight})
 
     def formula(x: Tensor, y: Tensor) -> Tensor:
         p, hot = x.softmax(1)[:, 1:], torch.nn.functional.one_hot(y[:, 0], 4).movedim(-1, 1)[:, 1:]
         dice = (2 * (p * hot).sum((2, 3, 4)) + 1e-5) / (p.sum((2, 3, 4)) + hot.sum((2, 3, 4)) + 1e-5)
-        return torch.nn.functional.cross_entropy(x, y[:, 0]) - dice.mean()
+        return torch.nn.functional.cross_entropy(x, y[:, 0], weight) - dice.mean()
 
     assert_same(loss, formula, logits, target)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._arguments import values_are_readable
 from ..focal_dice import ClassSums, class_sums
 from ..reference.focal_dice import SIGMOID, SOFTMAX, SOFTMAX_DICE_SIGMOID_FOCAL
+from .cross_entropy import weighted_sums
 
 Weight: TypeAlias = Sequence[float] | float | int | Tensor | None
 
@@ -273,10 +274,8 @@ class DiceCELoss(_Loss):
         return self.lambda_dice * dice + self.lambda_ce * self._cross_entropy(sums)
 
     def _cross_entropy(self, sums: ClassSums) -> Tensor:
-        losses, counts = sums.focal.sum(dim=0), sums.target.sum(dim=0)
-        if self.ce_weight is not None:
-            losses, counts = losses * self.ce_weight.to(losses), counts * self.ce_weight.to(losses)
-        return losses.sum() / counts.sum() if self.reduction == "mean" else losses.sum()
+        loss, count = weighted_sums(sums, self.ce_weight)
+        return loss / count if self.reduction == "mean" else loss
 
     def _single(self, input: Tensor, target: Tensor) -> Tensor:
         sums = class_sums(input, _multi_hot(target, input), mode=self._mode(1), gamma=0.0)

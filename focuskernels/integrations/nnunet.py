@@ -13,6 +13,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from ..focal_dice import ClassSums, class_sums
 from ..reference.focal_dice import SOFTMAX
+from .cross_entropy import weighted_sums
 
 
 class DC_and_CE_loss(nn.Module):
@@ -69,12 +70,9 @@ class DC_and_CE_loss(nn.Module):
         return self.weight_ce * self._cross_entropy(sums) + self.weight_dice * -self._dice(sums)
 
     def _cross_entropy(self, sums: ClassSums) -> Tensor:
-        losses, counts = sums.focal.sum(dim=0), sums.target.sum(dim=0)
-        if self.ce_weight is not None:
-            losses, counts = losses * self.ce_weight.to(losses), counts * self.ce_weight.to(losses)
-        total = counts.sum()
+        loss, count = weighted_sums(sums, self.ce_weight)
         # nnU-Net leaves the cross-entropy out where no voxel counts.
-        return torch.where(total > 0, losses.sum() / torch.where(total > 0, total, 1), 0)
+        return torch.where(count > 0, loss / torch.where(count > 0, count, 1), 0)
 
     def _dice(self, sums: ClassSums) -> Tensor:
         first = 0 if self.do_bg else 1

@@ -23,8 +23,7 @@ class PlainNormAct(NormAct3d):
         """See `NormAct3d`."""
         if self.options()["process_group"] is not None:
             raise ValueError("sync=True: the reference of NormAct3d takes statistics over one process alone")
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        self.count_batch()
         return norm_act(
             x,
             self.weight,
