@@ -17,6 +17,7 @@ from focuskernels.kernels import (
     focal_dice,
     heatmap_argmax3d,
     linear_focal_dice,
+    norm_tables,
     paste_rois3d,
     roi_align3d,
     roi_gather3d,
@@ -75,6 +76,8 @@ def _channelwise(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
     types |= dict.fromkeys(("table", "weights", "found"), "*fp32") | {"voxels": "i64", "slope": "fp32"}
     fixed = {"ACTIVATION": 2, "RESIDUAL": True, "OUTPUT": True, "KEEP": True, "TILES": module.TILES_PER_PROGRAM}
     fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v, "CHANNELS_LAST": channels_last}
+    if dtype == "fp32" and channels_last:  # what comes between has neither dtype nor layout of the map
+        yield from _norm_tables()
     for kernel, maps in (
         (module.moments_kernel, 1),
         (module.affine_kernel, 3),
@@ -91,6 +94,35 @@ def _channelwise(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
             needed=maps * block_c * block_v * BYTES[dtype],
             aligned=("channels", "voxels"),
         )
+
+
+def _norm_tables() -> Iterator[Specialisation]:
+    """The few numbers of a norm, and the findings of the programs that take its moments."""
+    block_c, block_p = channelwise.MERGED_CHANNELS, channelwise.MERGED_PROGRAMS
+    sizes = {"voxels": "i64", "length": "i64", "eps": "fp32"}
+    names = ("found", "out", "moments", "sums", "weight", "bias", "table", "rstd", "variance", "rows")
+    yield Specialisation(
+        stem="channelwise",
+        kernel=channelwise.merge_kernel,
+        name=f"{block_p} programs",
+        types=dict.fromkeys(names, "*fp32") | sizes,
+        fixed={"BLOCK_C": block_c, "BLOCK_P": block_p},
+        options={"num_warps": channelwise.WARPS},
+        needed=2 * block_c * block_p * 4,
+        aligned=("channels", "length"),
+    )
+    for kernel, numbers in ((norm_tables.table_kernel, 9), (norm_tables.gradient_kernel, 9)):
+        for norm in (0, 2):
+            yield Specialisation(
+                stem="norm_tables",
+                kernel=kernel,
+                name="batch" if norm == 0 else "group",
+                types=dict.fromkeys(names, "*fp32") | sizes,
+                fixed={"NORM": norm, "WEIGHT": True, "BIAS": True, "BLOCK": norm_tables.BLOCK_C},
+                options={"num_warps": norm_tables.WARPS},
+                needed=numbers * norm_tables.BLOCK_C * 4,
+                aligned=("channels", "voxels", "width"),
+            )
 
 
 def _focal_dice(dtype: str) -> Iterator[Specialisation]:

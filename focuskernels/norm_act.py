@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import channelwise
+from . import channelwise, norm_tables
 from ._arguments import integer, require_float, require_number
 from ._lib import forbid_double_backward
 from .reference import norm_act as reference
@@ -97,11 +97,11 @@ class _NormAct(torch.autograd.Function):
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if running_mean is None or running_var is None:
-            mean, variance = _statistics(x, sets)
+            moments, sets = _moments(x, sets)
+            table, rstd, variance = norm_tables.normalising(moments, weight, bias, sets, eps)
         else:
-            mean, variance = given_statistics(x, running_mean, running_var)
-        rstd = (variance + eps).rsqrt()
-        table = reference.table(mean, rstd, weight, bias)
+            table, rstd, variance = given_statistics(x, running_mean, running_var, weight, bias, eps)
+        mean = table[:, 0]
         if x.shape[0] == 0:
             rstd, table = rstd[:0], table[:0]
         ctx.save_for_backward(x, table, rstd)
@@ -109,15 +109,16 @@ class _NormAct(torch.autograd.Function):
         ctx.options = (activation, slope)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
         return channelwise.affine(x, table, None, activation, slope), mean, variance
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("norm_act")
         x, table, rstd = ctx.saved_tensors
-        grad = channelwise.dense(grads[0], x)
+        grad = channelwise.dense(torch.zeros_like(x) if grads[0] is None else grads[0], x)
         sums, _ = channelwise.affine_sums(grad, x, table, None, *ctx.options, False)
-        rows, weight, bias = reference.gradient(sums, table, rstd, ctx.sets)
+        rows, weight, bias = norm_tables.gradient_of(sums, table, rstd, ctx.sets)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = channelwise.affine_backward(grad, x, table, rows, *ctx.options)
@@ -157,18 +158,22 @@ def _identity(t: Tensor) -> tuple[Any, ...]:
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
 
 
-def _statistics(x: Tensor, sets: Sets) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (N, C); (1, C) where other processes hold all samples."""
+def _moments(x: Tensor, sets: Sets) -> tuple[Tensor, Sets]:
+    """(N, 2, C); one empty sample where other processes hold all of them."""
     moments = channelwise.moments(x)
     if sets.reduce is not None and x.shape[0] == 0:
-        moments, sets = moments.new_zeros(1, *moments.shape[1:]), sets._replace(voxels=0)
-    return reference.statistics(moments, sets)
+        return moments.new_zeros(1, *moments.shape[1:]), sets._replace(voxels=0)
+    return moments, sets
 
 
-def given_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C) each, in the dtype of tables."""
+def given_statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Table (N, 3, C), inverse standard deviation and variance (N, C) of given statistics (C,)."""
     dtype, shape = channelwise.table_dtype(x), x.shape[:2]
-    return running_mean.to(dtype).expand(shape), running_var.to(dtype).expand(shape)
+    mean, variance = running_mean.to(dtype).expand(shape), running_var.to(dtype).expand(shape)
+    rstd = (variance + eps).rsqrt()
+    return reference.table(mean, rstd, weight, bias), rstd, variance
 
 
 @torch.no_grad()

@@ -6,10 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import channelwise
+from . import channelwise, norm_tables
 from ._lib import forbid_double_backward
 from .norm_act import Norm, check_norm, check_options, given_statistics, update_running
-from .reference import norm_act as norm_reference
 from .reference import se_residual as se_reference
 from .reference.norm_act import Sets
 from .reference.se_residual import Layers
@@ -113,11 +112,9 @@ class _NormSEResidual(torch.autograd.Function):
         layers = Layers(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         moments = channelwise.moments(x)
         if running_mean is None or running_var is None:
-            mean, variance = norm_reference.statistics(moments, sets)
+            table, rstd, variance = norm_tables.normalising(moments, weight, bias, sets, eps)
         else:
-            mean, variance = given_statistics(x, running_mean, running_var)
-        rstd = (variance + eps).rsqrt()
-        table = norm_reference.table(mean, rstd, weight, bias)
+            table, rstd, variance = given_statistics(x, running_mean, running_var, weight, bias, eps)
         center, scale, shift = table.unbind(dim=1)
         offset = moments[:, 0] - center
         squeezed = offset * scale + shift if squeeze_norm else moments[:, 0].clone()
@@ -129,15 +126,16 @@ class _NormSEResidual(torch.autograd.Function):
         ctx.sets = None if running_mean is not None else sets
         ctx.options = (activation, squeeze_norm)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
-        ctx.mark_non_differentiable(mean, variance)
-        return y, mean, variance
+        ctx.mark_non_differentiable(center, variance)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
+        return y, center, variance
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("norm_se_residual")
         x, y, table, rstd, offset, gate, hidden, squeezed, *weights = ctx.saved_tensors
         activation, squeeze_norm = ctx.options
-        grad = channelwise.dense(grads[0], x)
+        grad = channelwise.dense(torch.zeros_like(x) if grads[0] is None else grads[0], x)
         keep = y is not None
         sums, kept = channelwise.affine_sums(grad, x, table, y, activation, 0.0, keep)
         grad = kept if keep else grad
@@ -151,7 +149,7 @@ class _NormSEResidual(torch.autograd.Function):
         if squeeze_norm:
             sums = sums + torch.stack([through_gate.squeezed, through_gate.squeezed * offset], dim=1)
             per_voxel = per_voxel * scale
-        rows, weight, bias = norm_reference.gradient(sums, table, rstd, ctx.sets)
+        rows, weight, bias = norm_tables.gradient_of(sums, table, rstd, ctx.sets)
         rows = torch.stack([rows[:, 0] * gate, rows[:, 1], rows[:, 2] + per_voxel], dim=1)
         dx = channelwise.affine_backward(grad, x, table, rows, 0, 0.0) if ctx.needs_input_grad[0] else None
         parameters = (None if d is None else g.to(d) for g, d in zip((weight, bias), ctx.dtypes))

@@ -17,6 +17,11 @@ RELU = tl.constexpr(1)
 TILES_PER_PROGRAM = 16
 ELEMENTS = 4096
 WARPS = 8
+#: Programs that share a channel's sums.
+MOST_PROGRAMS = 2048
+#: Channels that a program merges, and programs' findings that it reads at a time.
+MERGED_CHANNELS = 8
+MERGED_PROGRAMS = 256
 
 
 @triton.jit
@@ -82,6 +87,48 @@ def moments_kernel(
     place = found + ((n * tl.num_programs(0) + program) * 2) * channels + c
     tl.store(place, shift + mean, mask=c < channels)
     tl.store(place + channels, tl.where(spread < 0, 0.0, spread), mask=c < channels)
+
+
+@triton.jit
+def merge_kernel(
+    found,
+    out,
+    programs,
+    channels,
+    chunk,
+    voxels: tl.int64,
+    length: tl.int64,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Moments of `chunk` neighbours from theirs, each of `length` voxels, the last of fewer (Chan et al. 1983)."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0) * chunk
+    last = tl.minimum(first + chunk, programs)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for begin in range(first, last, BLOCK_P):
+        place, count, inside = _findings(found, n, begin, last, c, programs, channels, voxels, length, BLOCK_P)
+        total += tl.load(place, mask=inside, other=0.0).to(tl.float64) * count
+    mean = tl.sum(total, axis=0) / tl.minimum(voxels - first * length, chunk * length).to(tl.float64)
+    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for begin in range(first, last, BLOCK_P):
+        place, count, inside = _findings(found, n, begin, last, c, programs, channels, voxels, length, BLOCK_P)
+        distance = tl.load(place, mask=inside, other=0.0).to(tl.float64) - mean[None, :]
+        squares += tl.load(place + channels, mask=inside, other=0.0).to(tl.float64)
+        squares += tl.where(inside, distance * distance * count, 0.0)
+    to = out + (n * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + c
+    tl.store(to, mean.to(tl.float32), mask=c < channels)
+    tl.store(to + channels, tl.sum(squares, axis=0).to(tl.float32), mask=c < channels)
+
+
+@triton.jit
+def _findings(found, n, begin, last, c, programs, channels, voxels, length, BLOCK_P: tl.constexpr):
+    """Where the means of some programs stand, of how many voxels each is, and which there are."""
+    p = begin + tl.arange(0, BLOCK_P)
+    place = found + ((n * programs + p) * 2)[:, None] * channels + c[None, :]
+    count = tl.minimum(voxels - p * length, length).to(tl.float64)
+    return place, count[:, None], (p < last)[:, None] & (c < channels)[None, :]
 
 
 @triton.jit
@@ -198,7 +245,8 @@ def moments(x: Tensor) -> Tensor:
     """As `reference.channelwise.moments`."""
     batch, channels, voxels = x.shape[0], x.shape[1], x.shape[2:].numel()
     block_c, block_v = tile(channels, _channels_last(x))
-    programs = triton.cdiv(voxels, block_v * TILES_PER_PROGRAM)
+    tiles = _tiles(voxels, block_v)
+    programs = triton.cdiv(voxels, block_v * tiles)
     found = x.new_empty((batch, programs, 2, channels), dtype=torch.float32)
     if x.numel():
         with torch.cuda.device_of(x):
@@ -209,10 +257,10 @@ def moments(x: Tensor) -> Tensor:
                 CHANNELS_LAST=_channels_last(x),
                 BLOCK_C=block_c,
                 BLOCK_V=block_v,
-                TILES=TILES_PER_PROGRAM,
+                TILES=tiles,
                 num_warps=WARPS,
             )
-    return _merged(found, voxels, block_v * TILES_PER_PROGRAM)
+    return merged(found, voxels, block_v * tiles)
 
 
 def affine(x: Tensor, table: Tensor, residual: Tensor | None, activation: int, slope: float) -> Tensor:
@@ -244,7 +292,8 @@ def affine_sums(
     """As `reference.channelwise.affine_sums`."""
     batch, channels, voxels = x.shape[0], x.shape[1], x.shape[2:].numel()
     block_c, block_v = tile(channels, _channels_last(x))
-    programs = triton.cdiv(voxels, block_v * TILES_PER_PROGRAM)
+    tiles = _tiles(voxels, block_v)
+    programs = triton.cdiv(voxels, block_v * tiles)
     found = x.new_empty((batch, programs, 2, channels), dtype=torch.float32)
     kept = torch.empty_like(x) if keep else grad.new_empty(0)
     if x.numel():
@@ -264,7 +313,7 @@ def affine_sums(
                 CHANNELS_LAST=_channels_last(x),
                 BLOCK_C=block_c,
                 BLOCK_V=block_v,
-                TILES=TILES_PER_PROGRAM,
+                TILES=tiles,
                 num_warps=WARPS,
             )
     return found.sum(dim=1, dtype=torch.float64).to(torch.float32), kept
@@ -293,14 +342,35 @@ def affine_backward(grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, act
     return out
 
 
-def _merged(found: Tensor, voxels: int, length: int) -> Tensor:
+def merged(found: Tensor, voxels: int, length: int) -> Tensor:
     """Moments (N, 2, C) of what programs of `length` voxels, the last of fewer, found (N, programs, 2, C)."""
-    mean, squares = found.double().unbind(dim=2)
-    counts = torch.full((mean.shape[1], 1), length, dtype=mean.dtype, device=mean.device)
-    counts[-1:] = voxels - (mean.shape[1] - 1) * length
-    common = (mean * counts).sum(dim=1) / voxels
-    spread = squares + counts * (mean - common[:, None]).square()
-    return torch.stack([common, spread.sum(dim=1)], dim=1).to(torch.float32)
+    batch, programs, _, channels = found.shape
+    chunks = 1 if programs <= MOST_PROGRAMS else triton.cdiv(programs, MERGED_PROGRAMS)
+    chunk = programs if chunks == 1 else MERGED_PROGRAMS
+    out = found.new_empty((batch, chunks, 2, channels))
+    if out.numel():
+        with torch.cuda.device_of(found):
+            merge_kernel[(chunks, triton.cdiv(channels, MERGED_CHANNELS), batch)](
+                found,
+                out,
+                programs,
+                channels,
+                chunk,
+                voxels,
+                length,
+                BLOCK_C=MERGED_CHANNELS,
+                BLOCK_P=MERGED_PROGRAMS,
+                num_warps=WARPS,
+            )
+    return out.squeeze(1) if chunks == 1 else merged(out, voxels, chunk * length)
+
+
+def _tiles(voxels: int, block_v: int) -> int:
+    """Tiles of a program: more in large maps, so that what programs find stays little."""
+    tiles = TILES_PER_PROGRAM
+    while triton.cdiv(voxels, block_v * tiles) > MOST_PROGRAMS:
+        tiles *= 4
+    return tiles
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from .._lib import MOST_PROGRAMS
 from ..dense_aspp3d import RowsOf
 from ..dilated_conv3d import why_not
 from ..reference.channelwise import RELU
-from .channelwise import _merged as merged
+from .channelwise import merged
 from .dilated_conv3d import convolve, empty_map, tile_for
 
 WARPS = 4

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NORMS = ("batch", "instance", "group")
+
 
 class Sets(NamedTuple):
     """What shares a mean and a variance."""
@@ -80,6 +82,22 @@ def gradient(sums: Tensor, table: Tensor, rstd: Tensor, sets: Sets | None) -> Gr
     else:
         rows = rows_of(total * scale, moment * scale, scale, rstd, sets)
     return Gradient(rows, (moment * rstd).sum(dim=0), total.sum(dim=0))
+
+
+def norm_table(
+    moments: Tensor, weight: Tensor | None, bias: Tensor | None, norm: int, groups: int, voxels: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`table` (N, 3, C), inverse standard deviation and biased variance (N, C) from the moments (N, 2, C) of maps."""
+    mean, variance = statistics(moments, Sets(NORMS[norm], groups, voxels))
+    rstd = (variance + eps).rsqrt()
+    return table(mean, rstd, weight, bias), rstd.contiguous(), variance.contiguous()
+
+
+def norm_gradient(
+    sums: Tensor, table: Tensor, rstd: Tensor, norm: int, groups: int, voxels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gradient` of the sets within one process."""
+    return gradient(sums, table, rstd, Sets(NORMS[norm], groups, voxels))
 
 
 def rows_of(total: Tensor, moment: Tensor, scale: Tensor, rstd: Tensor, sets: Sets) -> Tensor:
