@@ -23,7 +23,7 @@ PART ?=
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 # Tests of Triton kernels, run by Triton's interpreter in a process of their own.
-INTERPRETED := $(wildcard tests/test_*_triton.py) tests/test_channelwise.py
+INTERPRETED := $(wildcard tests/test_*_triton.py) tests/test_channelwise.py tests/test_norm_tables.py
 
 .PHONY: demo test nightly sanitize lint docs gpu clean setup lock licences check-abi
 

@@ -65,6 +65,7 @@ def specialisations(capability: Capability) -> Iterator[Specialisation]:
         yield from _roi_align(dtype, channels_last)
         yield from _heatmap_argmax(dtype, channels_last)
         yield _paste_rois(dtype)
+    yield from _norm_tables()
     yield from _convolutions(capability)
     yield from _dense_aspp()
 
@@ -76,8 +77,6 @@ def _channelwise(dtype: str, channels_last: bool) -> Iterator[Specialisation]:
     types |= dict.fromkeys(("table", "weights", "found"), "*fp32") | {"voxels": "i64", "slope": "fp32"}
     fixed = {"ACTIVATION": 2, "RESIDUAL": True, "OUTPUT": True, "KEEP": True, "TILES": module.TILES_PER_PROGRAM}
     fixed |= {"BLOCK_C": block_c, "BLOCK_V": block_v, "CHANNELS_LAST": channels_last}
-    if dtype == "fp32" and channels_last:  # what comes between has neither dtype nor layout of the map
-        yield from _norm_tables()
     for kernel, maps in (
         (module.moments_kernel, 1),
         (module.affine_kernel, 3),
@@ -111,8 +110,8 @@ def _norm_tables() -> Iterator[Specialisation]:
         needed=2 * block_c * block_p * 4,
         aligned=("channels", "length"),
     )
-    for kernel, numbers in ((norm_tables.table_kernel, 9), (norm_tables.gradient_kernel, 9)):
-        for norm in (0, 2):
+    for kernel, of_batch, of_group in ((norm_tables.table_kernel, 7, 9), (norm_tables.gradient_kernel, 7, 7)):
+        for norm, numbers in ((0, of_batch), (2, of_group)):
             yield Specialisation(
                 stem="norm_tables",
                 kernel=kernel,

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,7 +46,8 @@ def gate_backward(grad: Tensor, gate: Tensor, hidden: Tensor, squeezed: Tensor, 
 
 def table(gate: Tensor) -> Tensor:
     """(N, 3, C) for `channelwise.affine`: x times the gate."""
-    return shifted_table(gate, torch.zeros_like(gate))
+    zero = torch.zeros_like(gate)
+    return torch.stack([zero, gate, zero], dim=1)
 
 
 def shifted_table(gate: Tensor, shift: Tensor) -> Tensor:
@@ -54,5 +56,4 @@ def shifted_table(gate: Tensor, shift: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x @ weight.to(x.dtype).T
-    return y if bias is None else y + bias.to(x.dtype)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
