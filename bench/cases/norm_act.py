@@ -75,4 +75,4 @@ def _case(s: Size) -> Case:
     )
 
 
-OP = Op("norm_act", ("norm_act",), ("norm_act", "channelwise"), cases, files=("focuskernels/reference/nn.py",))
+OP = Op("norm_act", ("norm_act",), ("norm_act", "norm_tables", "channelwise"), cases, files=("focuskernels/reference/nn.py",))

@@ -184,6 +184,6 @@ def _monai(s: Size) -> Callable[[], Function]:
     return build
 
 
-STEMS = ("se_residual", "norm_se_residual", "norm_act", "channelwise")
+STEMS = ("se_residual", "norm_se_residual", "norm_act", "norm_tables", "channelwise")
 FILES = ("focuskernels/reference/nn.py",)
 OP = Op("se_residual", ("se_residual", "norm_se_residual"), STEMS, cases, files=FILES)

@@ -134,6 +134,7 @@ STEMS = (
     "norm_act",
     "se_residual",
     "channelwise",
+    "norm_tables",
     "focal_dice",
 )
 FILES = ("focusnet/model.py", "focusnet/blocks.py")

@@ -136,7 +136,9 @@ def table(
     """As `reference.norm_act.norm_table`."""
     samples, _, channels = moments.shape
     out = moments.new_empty((samples, 3, channels))
-    rstd, variance = moments.new_empty((2, samples, channels))
+    rstd, variance = (moments.new_empty((samples, channels)) for _ in range(2))
+    if not channels:
+        return out, rstd, variance
     grid, width, block = _programs(norm, groups, channels)
     with torch.cuda.device_of(moments):
         table_kernel[grid](
@@ -166,7 +168,9 @@ def gradient(
     """As `reference.norm_act.norm_gradient`."""
     samples, _, channels = sums.shape
     rows = torch.empty_like(table)
-    weight, bias = sums.new_empty((2, channels))
+    weight, bias = (sums.new_empty(channels) for _ in range(2))
+    if not channels:
+        return rows, weight, bias
     grid, width, block = _programs(norm, groups, channels)
     with torch.cuda.device_of(sums):
         gradient_kernel[grid](
