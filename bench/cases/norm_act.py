@@ -75,4 +75,5 @@ def _case(s: Size) -> Case:
     )
 
 
-OP = Op("norm_act", ("norm_act",), ("norm_act", "norm_tables", "channelwise"), cases, files=("focuskernels/reference/nn.py",))
+STEMS = ("norm_act", "norm_tables", "channelwise")
+OP = Op("norm_act", ("norm_act",), STEMS, cases, files=("focuskernels/reference/nn.py",))
