@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .results import OURS
+
 Mode = Literal["fwd", "bwd", "fwdbwd"]
 Role = Literal["ours", "eager", "compile", "peer", "other"]
 Inputs = dict[str, Any]
@@ -106,7 +108,7 @@ class Op:
     files: tuple[str, ...] = ()
 
 
-def ours(function: Function, name: str = "focuskernels") -> Provider:
+def ours(function: Function, name: str = OURS) -> Provider:
     """A function of this project."""
     return Provider(name, "ours", lambda: function)
 
